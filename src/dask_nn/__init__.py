@@ -1,0 +1,47 @@
+"""Train, evaluate and run PyTorch networks on Dask clusters.
+
+Names are imported on first use, so that ``import dask_nn`` does not import torch: a scheduler's
+image may lack it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dask_nn.api import evaluate, predict, train
+    from dask_nn.callbacks.base import Callback
+    from dask_nn.result import TrainingResult
+    from dask_nn.training.strategies import Synchronous
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Callback": "dask_nn.callbacks.base",
+    "Synchronous": "dask_nn.training.strategies",
+    "TrainingResult": "dask_nn.result",
+    "evaluate": "dask_nn.api",
+    "predict": "dask_nn.api",
+    "train": "dask_nn.api",
+}
+
+__all__ = [
+    "Callback",
+    "Synchronous",
+    "TrainingResult",
+    "evaluate",
+    "predict",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    message = f"module 'dask_nn' has no attribute {name!r}"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
