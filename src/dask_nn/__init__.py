@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dask_nn.api import evaluate, predict, train
     from dask_nn.callbacks.base import Callback
-    from dask_nn.result import TrainingResult
+    from dask_nn.training.result import TrainingResult
     from dask_nn.training.strategies import Synchronous
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Callback": "dask_nn.callbacks.base",
     "Synchronous": "dask_nn.training.strategies",
-    "TrainingResult": "dask_nn.result",
+    "TrainingResult": "dask_nn.training.result",
     "evaluate": "dask_nn.api",
     "predict": "dask_nn.api",
     "train": "dask_nn.api",
