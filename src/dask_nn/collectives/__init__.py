@@ -1,0 +1,1 @@
+"""Sums over ranks whose bits do not depend on how many ranks there are."""
