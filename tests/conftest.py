@@ -1,0 +1,113 @@
+"""Clusters, data and the leak check that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch or NumPy are imported: on a small machine, threads of threads only take turns.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import dask
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - it is looked at, nothing is made in it
+LEFTOVER_PATIENCE_S = 2.0
+
+
+class Blobs(NamedTuple):
+    """Rows around one centre per class.
+
+    ``X`` is float32 of shape ``(600, 20)``, ``y`` int64 of shape ``(600,)`` with values 0 to 3.
+    """
+
+    X: np.ndarray
+    y: np.ndarray
+
+
+@pytest.fixture
+def blobs() -> Blobs:
+    """Return a small classification problem, the same in every test and the test's own copy."""
+    rng = np.random.Generator(np.random.PCG64(20))
+    centres = rng.normal(scale=3.0, size=(4, 20))
+    y = rng.integers(0, 4, size=600)
+    X = centres[y] + rng.normal(size=(600, 20))
+    return Blobs(X.astype(np.float32), y.astype(np.int64))
+
+
+@pytest.fixture(scope="session")
+def _quiet_dask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the workers' files out of the checkout, and graphics cards out of the workers."""
+    with dask.config.set(
+        {
+            "temporary-directory": str(tmp_path_factory.mktemp("dask")),
+            "distributed.diagnostics.nvml": False,
+        }
+    ):
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster2(_quiet_dask: None) -> Iterator[LocalCluster]:
+    """Start two worker processes of one thread; a test that harms workers makes its own."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster2: LocalCluster) -> Iterator[Client]:
+    """Connect to the two worker processes, as the current client."""
+    with Client(cluster2) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def threads_cluster2(_quiet_dask: None) -> Iterator[LocalCluster]:
+    """Start two workers of one thread inside this process."""
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0"
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def threads_client(threads_cluster2: LocalCluster) -> Iterator[Client]:
+    """Connect to the two workers inside this process, as the current client."""
+    with Client(threads_cluster2) as client:
+        yield client
+
+
+def shared_memory_files() -> set[str]:
+    """Return the names of this package's files in the host's shared memory."""
+    return {path.name for path in SHARED_MEMORY.glob("dask-nn*")}
+
+
+def package_threads() -> set[threading.Thread]:
+    """Return the threads that this package started in this process and that still run."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("dask-nn-")}
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    """Fail a test that leaves shared memory or threads of this package behind."""
+    files, threads = shared_memory_files(), package_threads()
+    yield
+    deadline = time.monotonic() + LEFTOVER_PATIENCE_S
+    while True:
+        left_files, left_threads = shared_memory_files() - files, package_threads() - threads
+        if not (left_files or left_threads):
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    names = sorted(thread.name for thread in left_threads)
+    pytest.fail(f"left behind: shared memory {sorted(left_files)}, threads {names}")
