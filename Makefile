@@ -55,7 +55,8 @@ $(READY): pyproject.toml constraints.txt
 		echo "Making .venv with $$(python3 --version)"; \
 		python3 -m venv --clear .venv; \
 	else \
-		echo "dask-nn needs Python 3.13 or newer, and found $$(python3 --version 2>&1 || true)." >&2; \
+		found=$$(python3 --version 2>/dev/null || echo none); \
+		echo "dask-nn needs Python 3.13 or newer; found: $$found." >&2; \
 		echo "Install one of: python3.13 with its venv package, pyenv (pyenv install 3.13), uv." >&2; \
 		exit 1; \
 	fi
