@@ -1,0 +1,1 @@
+"""Metrics and losses whose parts, computed anywhere, merge to the value over all samples."""
