@@ -1,0 +1,158 @@
+"""One progress bar per epoch, or one line per epoch where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from dask_nn.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+    from dask_nn.events import Progress as Report
+    from dask_nn.events import RunInfo
+
+__all__ = ["RichProgress", "describe"]
+
+# Drawing takes time from the cores that train, so bars are drawn at most so often.
+_DRAW_EVERY_S = 0.2
+
+
+def describe(values: dict[str, float]) -> str:
+    """Turn the numbers of a history record into one line of text.
+
+    Parameters
+    ----------
+    values : dict of str to float
+        Such as ``{"loss": 0.31, "accuracy": 0.91, "samples_per_s": 2.1e5}``; ``epoch`` and
+        ``seconds`` are left out.
+
+    Returns
+    -------
+    str
+        Such as ``"loss 0.3100  accuracy 0.9100  210,000 samples/s"``.
+    """
+    parts = [
+        f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in values.items()
+        if name not in {"epoch", "seconds", "samples_per_s"}
+    ]
+    if "samples_per_s" in values:
+        parts.append(f"{values['samples_per_s']:,.0f} samples/s")
+    return "  ".join(parts)
+
+
+class RichProgress(Callback):
+    """Show loss, metrics and samples per second of every epoch.
+
+    Parameters
+    ----------
+    console : rich.console.Console, optional
+        Where to draw; standard output by default. A console that is no terminal gets one line
+        per finished epoch.
+    metrics : tuple of str, default ("accuracy", "val_accuracy")
+        The metrics of the history that are shown beside the loss, where a run has them.
+
+    Notes
+    -----
+    Use it as a context manager, or call `close`, so that an interrupted run leaves the terminal
+    as it was.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        metrics: tuple[str, ...] = ("accuracy", "val_accuracy"),
+    ) -> None:
+        self._console = console or Console()
+        self._shown = ("loss", *metrics, "samples_per_s")
+        self._epochs = 0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._epoch = 0
+        self._drawn_at_s = 0.0
+
+    def on_train_start(self, run: RunInfo) -> None:
+        """Remember how many epochs there will be."""
+        self._epochs = run.epochs
+
+    def on_progress(self, progress: Report) -> None:
+        """Move the bar of this epoch."""
+        if not self._console.is_terminal:
+            return
+        now_s = time.monotonic()
+        if self._bar is None or self._epoch != progress.epoch:
+            self._open(progress.epoch, progress.num_steps)
+        elif now_s - self._drawn_at_s < _DRAW_EVERY_S:
+            return
+        self._drawn_at_s = now_s
+        values = {
+            "loss": progress.loss,
+            **progress.metrics,
+            "samples_per_s": progress.samples_per_s,
+        }
+        self._draw(progress.step, values)
+
+    def on_epoch_end(self, record: dict[str, float]) -> None:
+        """Complete the bar, or print the epoch's line."""
+        epoch = int(record["epoch"])
+        values = {name: record[name] for name in self._shown if name in record}
+        if not self._console.is_terminal:
+            self._console.print(
+                f"{self._title(epoch)}  {describe(values)}", highlight=False, soft_wrap=True
+            )
+            return
+        if self._bar is None or self._epoch != epoch:
+            self._open(epoch, 1)
+        bar = self._bar
+        if bar is not None:
+            self._draw(int(bar.tasks[0].total or 1), values)
+        self.close()
+
+    def on_train_end(self, result: Any) -> None:
+        """Close what is still open."""
+        self.close()
+
+    def close(self) -> None:
+        """End the open bar and give the terminal back; does nothing the second time."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _title(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self._epochs}" if self._epochs else f"epoch {epoch + 1}"
+
+    def _open(self, epoch: int, num_steps: int) -> None:
+        self.close()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=self._console,
+            # No drawing thread: it would wake up beside the ranks.
+            auto_refresh=False,
+        )
+        self._bar.start()
+        self._epoch = epoch
+        self._task = self._bar.add_task(self._title(epoch), total=num_steps, values="")
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, values=describe(values), refresh=True)

@@ -1,0 +1,1 @@
+"""Clusters to train on: started here, or connected to."""

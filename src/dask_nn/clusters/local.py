@@ -1,0 +1,136 @@
+"""A cluster of worker processes on this machine that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import shutil
+import signal
+import tempfile
+import warnings
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING
+
+from dask.system import cpu_count
+from distributed import Client, LocalCluster
+from distributed.utils import LoopRunner
+
+from dask_nn.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["available_cores", "local_cluster"]
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use, by affinity mask and cgroup."""
+    return int(cpu_count())
+
+
+@contextmanager
+def local_cluster(
+    workers: int | None = None,
+    threads_per_worker: int = 1,
+    *,
+    processes: bool = True,
+    preload: Sequence[str] = ("torch",),
+    dashboard_address: str | None = "127.0.0.1:8787",
+    close_timeout_s: float = 1.0,
+) -> Iterator[Client]:
+    """Run a cluster on this machine for the length of a ``with`` block.
+
+    Workers do not see Ctrl-C: a terminal sends it to the whole process group, and only the client
+    shall decide what stops. On leaving the block, whatever the reason, all processes and the
+    workers' scratch folder are gone.
+
+    Parameters
+    ----------
+    workers : int, optional
+        Worker processes; as many as there are cores by default.
+    threads_per_worker : int, default 1
+        Threads in which each worker runs tasks.
+    processes : bool, default True
+        Workers in processes of their own, else in threads of this process.
+    preload : sequence of str, default ("torch",)
+        Modules that the workers import before they take work.
+    dashboard_address : str or None
+        Where the dashboard listens; another port is taken where this one is busy. None for none.
+    close_timeout_s : float, default 1.0
+        What is still alive so many seconds after the block ended is killed.
+
+    Yields
+    ------
+    distributed.Client
+        A client of the new cluster, with all its workers there.
+
+    Raises
+    ------
+    ConfigurationError
+        If a count is below 1.
+    """
+    if workers is None:
+        workers = available_cores()
+    for name, count in (("workers", workers), ("threads_per_worker", threads_per_worker)):
+        if count < 1:
+            message = f"{name} must be at least 1, got {count}"
+            raise ConfigurationError(message)
+
+    before = frozenset(child.pid for child in multiprocessing.active_children())
+    scratch = tempfile.mkdtemp(prefix="dask-nn-")
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        stack.callback(_kill_children_except, before)
+        loop = _loop_blind_to_interrupts()
+        stack.callback(loop.stop, close_timeout_s)
+        with warnings.catch_warnings():
+            # A busy dashboard port is no problem: another one is taken, and its address is shown.
+            warnings.filterwarnings("ignore", message="Port .* is already in use")
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=threads_per_worker,
+                processes=processes,
+                loop=loop.loop,
+                local_directory=scratch,
+                dashboard_address=dashboard_address,
+                silence_logs=logging.CRITICAL,
+                **({"preload": list(preload)} if processes and preload else {}),
+            )
+        stack.callback(_close, cluster, close_timeout_s)
+        client = stack.enter_context(Client(cluster, timeout=30))
+        client.wait_for_workers(workers, timeout=60)
+        yield client
+
+
+def _loop_blind_to_interrupts() -> LoopRunner:
+    """Start an event loop in a thread whose child processes will have SIGINT blocked."""
+    # The tracker unblocks SIGINT in the thread that starts it, so it must be running before.
+    resource_tracker.ensure_running()
+    runner = LoopRunner()
+    if not hasattr(signal, "pthread_sigmask"):
+        runner.start()
+        return runner
+    # Threads inherit the mask of the thread that starts them, and processes that of the thread
+    # that forks them; the main thread goes on to hear Ctrl-C.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return runner
+
+
+def _close(cluster: LocalCluster, timeout_s: float) -> None:
+    # Workers that hang must not keep the caller; they are killed right after.
+    with contextlib.suppress(TimeoutError, OSError):
+        cluster.close(timeout=timeout_s)
+
+
+def _kill_children_except(before: frozenset[int | None]) -> None:
+    left = [child for child in multiprocessing.active_children() if child.pid not in before]
+    for child in left:
+        child.kill()
+    for child in left:
+        child.join(timeout=1)
