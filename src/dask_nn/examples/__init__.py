@@ -1,0 +1,1 @@
+"""Complete jobs, each run by one command."""

@@ -1,0 +1,1 @@
+"""Handwritten digits: sequential PyTorch against dask-nn, the same network and the same math."""
