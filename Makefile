@@ -64,6 +64,6 @@ $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 		uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+		$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	fi
 	@touch $@
