@@ -28,7 +28,7 @@ lint: $(READY)  ## ruff, mypy and the contract of the floors
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 .PHONY: bench
 bench: $(READY)  ## measure against sequential training and torchrun
