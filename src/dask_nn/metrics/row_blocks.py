@@ -1,0 +1,148 @@
+"""Functions over the row blocks of Dask arrays."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.delayed import Delayed, delayed
+
+from dask_nn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["as_array", "one_chunk_per_row_block", "per_block", "shipped"]
+
+
+def as_array(name: str, value: Any) -> Any:
+    """Read an input as a Dask array if it is one, else as a NumPy array.
+
+    Raises
+    ------
+    DataError
+        If it has no rows' axis or does not hold numbers.
+    """
+    if not isinstance(value, da.Array):
+        if hasattr(value, "detach"):  # a torch tensor
+            value = value.detach().cpu().numpy()
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise DataError(f"{name} cannot be read as an array: {error}") from error
+    if value.dtype.kind not in "biuf":
+        raise DataError(f"{name} must hold numbers, got {value.dtype}")
+    if value.ndim == 0:
+        raise DataError(f"{name} must have an axis of rows, got a single number")
+    return value
+
+
+def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
+    """Join the chunks along all axes but the first.
+
+    Raises
+    ------
+    DataError
+        If the length of another axis is unknown.
+    """
+    for axis, length in enumerate(array.shape[1:], start=1):
+        if np.isnan(length):
+            raise DataError(
+                f"the length of axis {axis} of {name} is unknown; only the number of rows may "
+                "be: call compute_chunk_sizes() on it"
+            )
+    split = {axis: -1 for axis, number in enumerate(array.numblocks) if axis and number > 1}
+    return array.rechunk(split) if split else array
+
+
+def shipped(*parts: bytes) -> Delayed:
+    """Make one graph node of pickled objects, which reach a worker once and are unpickled once.
+
+    Parameters
+    ----------
+    *parts : bytes
+        Pickled objects. Equal bytes give the same key.
+
+    Returns
+    -------
+    Delayed
+        Of the list of objects.
+    """
+    name = f"dask-nn-objects-{tokenize(*parts)}"
+    node: Delayed = delayed(_unpickle, pure=True)(parts, dask_key_name=name)
+    return node
+
+
+def per_block(
+    function: Callable[..., Any],
+    *arrays: da.Array | None,
+    objects: Delayed,
+    row_shape: tuple[int, ...],
+    meta: np.ndarray[Any, Any],
+    name: str,
+) -> da.Array:
+    """Apply a function to every row block of aligned arrays, lazily.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(*blocks, objects)``, called with None for an array that is None.
+    *arrays : Array or None
+        The same row chunks, one chunk along the other axes; the first is not None.
+    objects : Delayed
+        What all blocks need.
+    row_shape : tuple of int
+        Shape of one row of the result.
+    meta : ndarray
+        Type of the result, without rows.
+    name : str
+        How the tasks are called on the dashboard.
+
+    Returns
+    -------
+    Array
+        The row chunks of the arrays, unknown lengths staying unknown.
+    """
+    axes = count(1)
+    new_axes = {next(axes): length for length in row_shape}
+    arguments: list[Any] = []
+    for array in arrays:
+        if array is None:
+            arguments += [None, None]
+        else:
+            arguments += [array, (0, *(next(axes) for _ in array.shape[1:]))]
+    result: da.Array = da.blockwise(
+        partial(_on_blocks, function),
+        (0, *new_axes),
+        *arguments,
+        objects,
+        None,
+        new_axes=new_axes,
+        name=f"{name}-{tokenize(function, *arrays, objects, row_shape, meta)}",
+        align_arrays=False,
+        concatenate=None,
+        dtype=meta.dtype,
+        meta=meta,
+    )
+    return result
+
+
+def _on_blocks(function: Callable[..., Any], *blocks_and_objects: Any) -> Any:
+    *blocks, objects = blocks_and_objects
+    return function(*map(_only, blocks), objects)
+
+
+def _only(block: Any) -> Any:
+    """Take the only chunk along the other axes out of its nested lists."""
+    while isinstance(block, list):
+        (block,) = block
+    return block
+
+
+def _unpickle(parts: tuple[bytes, ...]) -> list[Any]:
+    return [pickle.loads(part) for part in parts]  # noqa: S301 - the client's own objects
