@@ -47,7 +47,9 @@ class ThreadsCommunicator(SlotCommunicator):
             memory, users = _memories.get(self._gang) or (mmap.mmap(-1, size_bytes), 0)
             _memories[self._gang] = (memory, users + 1)
         if len(memory) != size_bytes:
-            message = f"gang {self._gang} holds {len(memory)} bytes, this rank expected {size_bytes}"
+            message = (
+                f"gang {self._gang} holds {len(memory)} bytes, this rank expected {size_bytes}"
+            )
             raise CollectiveTimeout(message)
         return memory
 

@@ -1,0 +1,189 @@
+"""The functions that users call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client
+from distributed.client import default_client
+
+from dask_nn.config import settings
+from dask_nn.controller.options import Engine, Options
+from dask_nn.controller.preparation import prepare
+from dask_nn.controller.run import execute
+from dask_nn.errors import ClusterError, ConfigurationError
+from dask_nn.evaluation import evaluate
+from dask_nn.inference import predict
+from dask_nn.training.strategies import Synchronous
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torchmetrics import Metric
+
+    from dask_nn.callbacks.base import Callback
+    from dask_nn.training.result import TrainingResult
+
+__all__ = ["evaluate", "predict", "train"]
+
+
+def train(
+    model: nn.Module | Callable[[], nn.Module],
+    X: Any,
+    y: Any,
+    *,
+    loss: Callable[..., torch.Tensor],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    epochs: int = 1,
+    batch_size: int = 32,
+    validation: Sequence[Any] | None = None,
+    metrics: Sequence[str | Metric] | Mapping[str, Metric] = (),
+    sample_weight: Any = None,
+    strategy: Synchronous | None = None,
+    engine: Engine = "spmd",
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    lr_scheduler: Callable[..., Any] | None = None,
+    lr_scheduler_every: str = "epoch",
+    clip_grad_norm: float | None = None,
+    seed: int = 0,
+    shuffle: bool | str = True,
+    window: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    device: str = "cpu",
+    client: Client | None = None,
+) -> TrainingResult:
+    """Train a network on the data of a Dask cluster, where it lies.
+
+    Every sample is used once per epoch. With the number of shards fixed, the trained weights are
+    bitwise the same for any number of workers, and without a cluster.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, or a class or function that makes one
+        It is copied, not changed.
+    X : Dask array, NumPy array or tensor, shape (num_samples, ...)
+        Features. Floats are cast to the model's type; integers stay as they are until
+        ``transform``.
+    y : Dask array, NumPy array or tensor, shape (num_samples, ...)
+        Targets. Integers reach the loss as int64, floats in the model's type.
+    loss : callable
+        ``loss(output, target)`` that returns a scalar, such as ``torch.nn.CrossEntropyLoss()``.
+        The gradient is that of its mean over the whole batch, however unevenly the batch is
+        divided among shards.
+    optimizer : callable
+        Makes a torch optimizer from parameters, such as ``functools.partial(SGD, lr=0.01)``.
+    epochs : int
+        Passes over the data.
+    batch_size : int
+        Samples of one optimizer step, of all shards together; divisible by the shards.
+    validation : tuple, optional
+        ``(X, y)``, with ``sample_weight`` if training has it, evaluated after every epoch.
+    metrics : sequence of str or torchmetrics.Metric, or mapping from name to Metric
+        Computed on the training batches as they are trained on, and on ``validation``.
+    sample_weight : Dask array, NumPy array or tensor, shape (num_samples,), optional
+        Weights of the mean over a batch.
+    strategy : Synchronous, optional
+        Shards and threads; ``Synchronous()`` if not given.
+    engine : {"spmd", "graph"}
+        ``"spmd"`` runs a gang of rank tasks. ``"graph"`` makes every shard gradient, addition and
+        update a Dask task of its own: slower, but visible and retried by the scheduler.
+    transform : callable, optional
+        Applied to the batch of X on the worker, before the model.
+    lr_scheduler : callable, optional
+        Makes a learning-rate scheduler from the optimizer.
+    lr_scheduler_every : {"epoch", "step"}
+        When the scheduler is stepped.
+    clip_grad_norm : float, optional
+        Largest global norm of the gradient.
+    seed : int
+        Decides the order of samples and the random numbers of every (step, shard).
+    shuffle : bool or "within"
+        True orders blocks and rows anew in every epoch; "within" keeps every block with its
+        shard; False keeps the order of the data.
+    window : int, optional
+        Blocks among which a shard shuffles; from the settings if not given.
+    callbacks : sequence of Callback
+        Told how it goes.
+    device : {"cpu", "cuda"}
+        Where ranks compute. CUDA has not been tried on a real device yet.
+    client : distributed.Client, optional
+        The cluster; the current client if not given, and this process if there is none.
+
+    Returns
+    -------
+    TrainingResult
+        The trained model and the story of its training.
+
+    Raises
+    ------
+    ConfigurationError, DataError, ModelError, ClusterError
+        Before any work starts, if something could not work.
+    RankFailed
+        If a rank raised an exception; carries rank, step, worker and traceback.
+    NonFiniteLoss
+        If the loss became NaN or infinite; carries the last good state.
+    WorkerLost
+        If a worker of the gang died.
+    TrainingInterrupted
+        A KeyboardInterrupt: after Ctrl-C; carries what is trained so far.
+    """
+    called_s = time.monotonic()
+    options = Options(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        epochs=epochs,
+        batch_size=batch_size,
+        metrics=metrics,
+        strategy=strategy or Synchronous(),
+        engine=engine,
+        transform=transform,
+        lr_scheduler=lr_scheduler,
+        lr_scheduler_every=lr_scheduler_every,
+        clip_grad_norm=clip_grad_norm,
+        seed=seed,
+        shuffle=shuffle,
+        window=window,
+        callbacks=callbacks,
+        device=device,
+    )
+    in_force = settings()
+    client = _find_client(client)
+    prepared = prepare(
+        options,
+        X,
+        y,
+        sample_weight=sample_weight,
+        validation=validation,
+        client=client,
+        settings=in_force,
+    )
+    return execute(
+        prepared,
+        engine=engine,
+        callbacks=callbacks,
+        client=client,
+        settings=in_force,
+        called_s=called_s,
+    )
+
+
+def _find_client(client: Client | None) -> Client | None:
+    """Give the client to use, or None if there is none."""
+    if client is None:
+        try:
+            client = default_client()
+        except ValueError:
+            return None
+    if not isinstance(client, Client):
+        message = f"client must be a distributed.Client or None, got {type(client).__name__}"
+        raise ConfigurationError(message)
+    if client.asynchronous:
+        message = "client is asynchronous; make one with Client(..., asynchronous=False)"
+        raise ConfigurationError(message)
+    if client.status != "running":
+        message = f"client is {client.status}; connect a new one to the cluster"
+        raise ClusterError(message)
+    return client

@@ -1,0 +1,1 @@
+"""Runs on a cluster: forming gangs, watching them, and the graph engine."""

@@ -1,0 +1,96 @@
+"""The workers of a cluster as the client sees them, and whether they can train together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dask_nn.controller.placement import WorkerFacts
+from dask_nn.controller.worker_side import describe
+from dask_nn.errors import ClusterError, IncompatibleWorkers
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["check_versions", "inspect_workers"]
+
+LISTED = 5
+
+
+def inspect_workers(client: Client) -> list[WorkerFacts]:
+    """Ask every worker to describe itself.
+
+    Raises
+    ------
+    ClusterError
+        If there are no workers.
+    IncompatibleWorkers
+        If a worker lacks dask-nn or torch, or has other versions than this client.
+    """
+    answers = client.run(describe, on_error="return")
+    if not answers:
+        message = (
+            f"the cluster at {client.scheduler.address} has no workers; scale it up, or wait for "
+            "its workers with client.wait_for_workers(1)"
+        )
+        raise ClusterError(message)
+    broken = {
+        address: answer for address, answer in answers.items() if isinstance(answer, BaseException)
+    }
+    if broken:
+        reasons = [f"{address}: {error!r}" for address, error in broken.items()]
+        message = (
+            f"{len(broken)} of {len(answers)} workers cannot run dask-nn ({_some(reasons)}); "
+            "install the same dask-nn and torch on the workers as on the client"
+        )
+        raise IncompatibleWorkers(message)
+    workers = [WorkerFacts(**answer) for answer in answers.values()]
+    check_versions(workers, client_versions())
+    return workers
+
+
+def client_versions() -> dict[str, str]:
+    """Give the versions of this process that workers must share."""
+    return {
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch").split("+")[0],
+        "dask-nn": importlib.metadata.version("dask-nn"),
+    }
+
+
+def check_versions(workers: Sequence[WorkerFacts], wanted: dict[str, str]) -> None:
+    """Refuse workers whose versions differ from the client's.
+
+    Of Python the minor version counts, of the others the whole one.
+
+    Raises
+    ------
+    IncompatibleWorkers
+        Names the workers, what they have and what the client has.
+    """
+    for name, version in wanted.items():
+        different = []
+        for worker in workers:
+            found = worker.versions.get(name, "")
+            same = (
+                found.split(".")[:2] == version.split(".")[:2]
+                if name == "python"
+                else found == version
+            )
+            if not same:
+                different.append(f"{worker.address} has {found or 'none'}")
+        if different:
+            problems = {w.versions["problem"] for w in workers if "problem" in w.versions}
+            why = f" ({'; '.join(sorted(problems))})" if problems else ""
+            message = (
+                f"the client has {name} {version}, but {_some(different)}{why}; install the same "
+                f"version of {name} everywhere, or leave these workers out"
+            )
+            raise IncompatibleWorkers(message)
+
+
+def _some(texts: Sequence[str]) -> str:
+    shown = ", ".join(texts[:LISTED])
+    return shown if len(texts) <= LISTED else f"{shown} and {len(texts) - LISTED} more"

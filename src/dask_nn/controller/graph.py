@@ -1,0 +1,349 @@
+"""The graph engine: every shard gradient, addition and update is a Dask task of its own.
+
+Steps are submitted in groups. A group's tasks depend on each other through the snapshots that the
+updates return, so the scheduler sees, places and retries every piece of work by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import dask
+import numpy as np
+import torch
+from distributed import Future
+
+from dask_nn.collectives.tree import Node, fold_program
+from dask_nn.controller import graph_tasks as tasks
+from dask_nn.data.batches import batch_dtypes
+from dask_nn.errors import IncompatibleWorkers, RankFailed
+from dask_nn.events import Progress
+from dask_nn.metrics.merge import compute, merge_named
+from dask_nn.training.layout import LeafLayout
+from dask_nn.training.outcome import RankOutcome
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from dask_nn.controller.placement import Seating
+    from dask_nn.controller.spmd import Listener
+    from dask_nn.controller.worker_side import RankPayload
+    from dask_nn.data.plan import Plan
+    from dask_nn.training.snapshot import Snapshot
+
+__all__ = ["run_graph"]
+
+# Steps of one submission: enough to keep workers busy, few enough to stop soon after Ctrl-C.
+GROUP_STEPS = 16
+POLL_S = 0.2
+
+
+def run_graph(
+    payload: RankPayload, *, client: Client, seating: Seating, listener: Listener
+) -> tuple[list[RankOutcome], bool]:
+    """Train by tasks.
+
+    Parameters
+    ----------
+    payload : RankPayload
+        What is trained, and the keys of its blocks.
+    client : Client
+        Of the cluster.
+    seating : Seating
+        Its workers are compared before training; tasks may run on any worker.
+    listener : Listener
+        Told of starts, progress and epochs.
+
+    Returns
+    -------
+    list of RankOutcome
+        One, with the trained state.
+    bool
+        Whether Ctrl-C ended the run.
+    """
+    run = _GraphRun(payload, client=client, listener=listener)
+    try:
+        run.compare_workers([worker.address for worker in seating.workers])
+        listener.on_start()
+        return [run.train()], run.interrupted
+    except RankFailed as error:
+        outcome = RankOutcome(
+            rank=error.rank,
+            address=error.address,
+            status="failed",
+            steps=error.step,
+            error=error.message,
+            traceback=error.traceback,
+        )
+        return [outcome], run.interrupted
+    finally:
+        run.close()
+
+
+class _GraphRun:
+    def __init__(self, payload: RankPayload, *, client: Client, listener: Listener) -> None:
+        self._spec = payload.spec
+        self._keys = payload.keys
+        self._validation_keys = payload.validation_keys
+        self._client = client
+        self._listener = listener
+        self._run_id = uuid.uuid4().hex[:12]
+        pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
+        self._payload = client.scatter(pickled, broadcast=True, hash=False)
+        self._dtypes = batch_dtypes(self._spec.fields, LeafLayout(self._spec.model).dtype)
+        nodes = [Node(shard, shard + 1) for shard in range(self._spec.shards)]
+        self._additions = fold_program(self._spec.shards, nodes)
+        self._bitwise = True
+        self._history: list[dict[str, float]] = []
+        self.interrupted = False
+
+    def compare_workers(self, addresses: list[str]) -> None:
+        """Check that the workers compute the same bits."""
+        futures = [
+            self._client.submit(
+                tasks.canary, self._payload, self._run_id, workers=[address], pure=False
+            )
+            for address in addresses
+        ]
+        digests = self._client.gather(futures)
+        different = [
+            address
+            for address, digest in zip(addresses, digests, strict=True)
+            if digest != digests[0]
+        ]
+        if different and self._spec.bitwise:
+            message = (
+                f"the same batch gives other bits on {', '.join(different)} than on "
+                f"{addresses[0]}; use workers of one kind, or Synchronous(bitwise=False)"
+            )
+            raise IncompatibleWorkers(message)
+        self._bitwise = not different
+
+    def train(self) -> RankOutcome:
+        """Go through the epochs."""
+        state = self._client.submit(tasks.first_snapshot, self._payload, self._run_id, pure=False)
+        snapshot: Snapshot = self._wait(state)
+        good = snapshot
+        status = "finished"
+        for epoch in range(self._spec.epochs):
+            good = snapshot
+            state, snapshot, record = self._run_epoch(epoch, state)
+            if snapshot.non_finite:
+                status = "non_finite"
+                break
+            if record is None:
+                status = "stopped"
+                break
+            self._history.append(record)
+            self._listener.on_epoch(record)
+        finite = all(
+            bool(torch.isfinite(value).all())
+            for value in snapshot.weights.values()
+            if value.is_floating_point()
+        )
+        kept = snapshot if finite else good
+        return RankOutcome(
+            rank=0,
+            address=self._client.scheduler.address,
+            status=status,  # type: ignore[arg-type]
+            steps=snapshot.steps,
+            epoch=snapshot.epoch,
+            history=self._history,
+            state=kept.weights,
+            optimizer_state=kept.optimizer,
+            loss=snapshot.last_loss,
+            bitwise=self._bitwise,
+            collective="tasks",
+        )
+
+    def close(self) -> None:
+        """Let the workers forget the run."""
+        with contextlib.suppress(Exception):
+            self._client.run(tasks.forget_benches, self._run_id, on_error="ignore")
+
+    def _run_epoch(
+        self, epoch: int, state: Future
+    ) -> tuple[Future, Snapshot, dict[str, float] | None]:
+        plan = self._spec.plan(epoch)
+        windows = _Windows(self._client, plan, self._keys, self._spec.fields, self._dtypes)
+        started = time.perf_counter()
+        partials: list[list[Any]] = [[] for _ in range(self._spec.shards)]
+        snapshot: Snapshot | None = None
+        samples = 0
+        for first in range(0, plan.num_steps, GROUP_STEPS):
+            steps = range(first, min(first + GROUP_STEPS, plan.num_steps))
+            state, found = self._submit_group(plan, epoch, steps, state, windows)
+            snapshot = self._wait(state)
+            for shard, future in enumerate(found):
+                partials[shard].append(future)
+            samples += sum(plan.step_count(t) for t in steps)
+            windows.drop_before(steps.stop)
+            if snapshot.non_finite or (self.interrupted and steps.stop < plan.num_steps):
+                return state, snapshot, None
+            self._listener.on_progress(
+                Progress(
+                    epoch=epoch,
+                    step=steps.stop,
+                    num_steps=plan.num_steps,
+                    loss=_mean_loss(snapshot),
+                    samples_per_s=samples / (time.perf_counter() - started),
+                )
+            )
+        if snapshot is None:
+            message = "an epoch has at least one step"
+            raise ValueError(message)
+        seconds = time.perf_counter() - started
+        record = {"epoch": float(epoch), "loss": _mean_loss(snapshot)}
+        record |= self._metrics(partials) | self._validate(state)
+        record |= {"samples_per_s": plan.num_samples / seconds, "seconds": seconds}
+        state = self._client.submit(
+            tasks.end_epoch,
+            self._payload,
+            self._run_id,
+            state,
+            record.get("val_loss", record["loss"]),
+            pure=False,
+        )
+        return state, self._wait(state), record
+
+    def _submit_group(
+        self, plan: Plan, epoch: int, steps: range, state: Future, windows: _Windows
+    ) -> tuple[Future, list[Future]]:
+        """Submit some steps; give the last state and, per shard, the metrics' partials."""
+        current: Any = state
+        leaves: list[list[Any]] = [[] for _ in range(plan.shards)]
+        for t in steps:
+            step = epoch * plan.num_steps + t
+            values: list[Any] = []
+            for shard in range(plan.shards):
+                segments = plan.segments(t, shard)
+                part = tasks.StepShard(
+                    step,
+                    shard,
+                    plan.count(t, shard),
+                    plan.step_count(t),
+                    tuple((lo, hi) for _, lo, hi in segments),
+                )
+                leaf = self._delayed("shard_gradient", f"{step}-{shard}")(
+                    self._payload,
+                    self._run_id,
+                    current,
+                    part,
+                    [windows.future(shard, j) for j, _, _ in segments],
+                )
+                values.append(leaf)
+                leaves[shard].append(leaf)
+            total = self._add(values, step)
+            current = self._delayed("update", str(step))(
+                self._payload, self._run_id, current, total, plan.step_count(t)
+            )
+        wanted = [current]
+        if self._spec.metrics:
+            wanted += [
+                self._delayed("metric_partials", f"{epoch}-{steps.start}-{shard}")(
+                    self._payload, self._run_id, found
+                )
+                for shard, found in enumerate(leaves)
+            ]
+        futures = self._client.compute(wanted)
+        return futures[0], futures[1:]
+
+    def _add(self, values: list[Any], step: int) -> Any:
+        """Add the leaves in the order of the fixed tree."""
+        if not self._additions:
+            return values[0]
+        found = dict(enumerate(values))
+        for number, (dst, left, right) in enumerate(self._additions):
+            found[dst] = self._delayed("add_leaves", f"{step}-{number}")(found[left], found[right])
+        return found[len(values)]
+
+    def _delayed(self, name: str, suffix: str) -> Any:
+        """Give a task of a readable name, as the dashboard shows it."""
+        key = f"{name}-{self._run_id}-{suffix}"
+        function = dask.delayed(getattr(tasks, name), pure=False, traverse=True)
+        return lambda *arguments: function(*arguments, dask_key_name=key)
+
+    def _metrics(self, partials: list[list[Future]]) -> dict[str, float]:
+        if not self._spec.metrics:
+            return {}
+        merged = merge_named([merge_named(self._client.gather(futures)) for futures in partials])
+        return compute(self._spec.metrics, merged)
+
+    def _validate(self, state: Future) -> dict[str, float]:
+        if not self._validation_keys:
+            return {}
+        futures = [
+            self._client.submit(
+                tasks.validate_block,
+                self._payload,
+                self._run_id,
+                state,
+                [Future(key, self._client) for key in keys],
+                pure=False,
+            )
+            for keys in self._validation_keys
+        ]
+        merged = merge_named(self._client.gather(futures))
+        return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
+
+    def _wait(self, future: Future) -> Any:
+        """Give a future's value; Ctrl-C is noted, and a second one raised."""
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        while not done.is_set():
+            try:
+                done.wait(POLL_S)
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    raise
+                self.interrupted = True
+        return future.result()
+
+
+class _Windows:
+    """The window tasks that some steps of an epoch need, submitted once each."""
+
+    def __init__(
+        self,
+        client: Client,
+        plan: Plan,
+        keys: tuple[tuple[Any, ...], ...],
+        fields: tuple[Any, ...],
+        dtypes: tuple[torch.dtype, ...],
+    ) -> None:
+        self._client = client
+        self._plan = plan
+        self._keys = keys
+        self._fields = fields
+        self._dtypes = dtypes
+        self._futures: dict[tuple[int, int], Future] = {}
+
+    def future(self, shard: int, j: int) -> Future:
+        """Give the future of a window's rows, in the order in which they are taken."""
+        if (shard, j) not in self._futures:
+            window = self._plan.windows(shard)[j]
+            order: np.ndarray[Any, Any] = self._plan.window_order(shard, j)
+            blocks = [
+                [Future(key, self._client) for key in self._keys[piece.block]]
+                for piece in window.pieces
+            ]
+            self._futures[shard, j] = self._client.submit(
+                tasks.open_window, window, order, blocks, self._fields, self._dtypes, pure=False
+            )
+        return self._futures[shard, j]
+
+    def drop_before(self, t: int) -> None:
+        """Release the windows that no step from ``t`` on needs."""
+        for shard, j in list(self._futures):
+            if self._plan.windows(shard)[j].stop <= t * self._plan.shard_batch_size:
+                del self._futures[shard, j]
+
+
+def _mean_loss(snapshot: Snapshot) -> float:
+    return snapshot.loss_sum / snapshot.normalizer if snapshot.normalizer else 0.0

@@ -1,0 +1,277 @@
+"""The tasks of the graph engine: functions from values to values."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from distributed import get_worker
+
+from dask_nn.data.batches import batch_dtypes
+from dask_nn.data.plan import Window
+from dask_nn.errors import DaskNNError, RankFailed
+from dask_nn.metrics.merge import Partial
+from dask_nn.metrics.objective import Objective
+from dask_nn.metrics.streams import BufferedMetrics
+from dask_nn.training.canary import fingerprint
+from dask_nn.training.layout import LeafLayout
+from dask_nn.training.randomness import ShardRandomness
+from dask_nn.training.runtime import task_runtime
+from dask_nn.training.snapshot import Snapshot
+from dask_nn.training.state import TrainingState
+from dask_nn.training.step import ShardOutput, ShardStep
+from dask_nn.training.update import StepTotal, Update, is_finite
+from dask_nn.training.validation import evaluate_block
+
+if TYPE_CHECKING:
+    from dask_nn.training.spec import TrainingSpec
+
+__all__ = [
+    "StepShard",
+    "add_leaves",
+    "canary",
+    "end_epoch",
+    "first_snapshot",
+    "metric_partials",
+    "open_window",
+    "shard_gradient",
+    "update",
+    "validate_block",
+]
+
+CPU = torch.device("cpu")
+# Models that a worker process keeps ready between tasks.
+KEPT_BENCHES = 16
+
+
+class StepShard(NamedTuple):
+    """Which part of which step a gradient task computes.
+
+    ``segments`` are slices of the task's windows.
+    """
+
+    step: int
+    shard: int
+    count: int
+    step_count: int
+    segments: tuple[tuple[int, int], ...]
+
+
+class Leaf(NamedTuple):
+    """A gradient task's value: the leaf, shape (leaf_size,), and what metrics need."""
+
+    flat: torch.Tensor
+    output: ShardOutput | None
+
+
+class _Bench:
+    """A model and its tools, kept by one thread of a worker for the tasks of one run."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.spec: TrainingSpec = pickle.loads(payload)  # noqa: S301  (made by the run's client)
+        self.state = TrainingState(self.spec, CPU)
+        self.layout = LeafLayout(self.state.model)
+        self.dtypes = batch_dtypes(self.spec.fields, self.layout.dtype)
+        self.objective = Objective(self.spec.loss, weighted=self.spec.weighted).with_ignored(
+            self.spec.ignored_labels
+        )
+        self.step = ShardStep(
+            self.state.model,
+            objective=self.objective,
+            layout=self.layout,
+            randomness=ShardRandomness(self.spec.seed, shared=True),
+            transform=self.spec.transform,
+            weighted=self.spec.weighted,
+            device=CPU,
+        )
+        self.total = self.layout.views(torch.zeros(self.layout.size, dtype=self.layout.dtype))
+        self.update = Update(
+            self.layout,
+            self.total,
+            base_buffers=self.step.base_buffers,
+            optimizer=self.state.optimizer,
+            scheduler=self.state.step_scheduler,
+            divides=self.objective.kind == "mean_normalized",
+            clip_grad_norm=self.spec.clip_grad_norm,
+        )
+
+    def load(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
+        snapshot.load(self.state, weights_only=weights_only)
+        for base, buffer in zip(self.step.base_buffers, self.layout.buffers, strict=True):
+            base.copy_(buffer)
+
+
+_benches: OrderedDict[tuple[int, str], _Bench] = OrderedDict()
+_benches_lock = threading.Lock()
+
+
+def first_snapshot(payload: bytes, run_id: str) -> Snapshot:
+    """Give the state before the first step."""
+    with _at_bench(payload, run_id, step=0) as bench:
+        return Snapshot.take(TrainingState(bench.spec, CPU))
+
+
+def open_window(
+    window: Window,
+    order: Any,
+    blocks: list[list[Any]],
+    fields: tuple[Any, ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> tuple[torch.Tensor, ...]:
+    """Lay a window's pieces end to end and take its rows in order; shape (window.length, ...)."""
+    from dask_nn.data.batches import load_window
+    from dask_nn.data.reader import MemoryReader
+
+    numbered = Window(
+        window.start,
+        window.length,
+        tuple(piece._replace(block=place) for place, piece in enumerate(window.pieces)),
+    )
+    reader = MemoryReader([tuple(block) for block in blocks])
+    rows = load_window(numbered, reader, fields, dtypes)
+    chosen = torch.from_numpy(order)
+    return tuple(torch.index_select(tensor, 0, chosen) for tensor in rows)
+
+
+def shard_gradient(
+    payload: bytes,
+    run_id: str,
+    snapshot: Snapshot,
+    part: StepShard,
+    windows: list[tuple[torch.Tensor, ...]],
+) -> Leaf:
+    """Compute one leaf from the weights and the rows of some windows."""
+    with _at_bench(payload, run_id, step=part.step) as bench:
+        flat = torch.zeros(bench.layout.size, dtype=bench.layout.dtype)
+        if snapshot.non_finite:
+            return Leaf(flat, None)
+        bench.load(snapshot, weights_only=True)
+        pieces = [
+            [tensor[lo:hi] for tensor in window]
+            for window, (lo, hi) in zip(windows, part.segments, strict=True)
+        ]
+        batch = tuple(
+            column[0].clone() if len(column) == 1 else torch.cat(column)
+            for column in map(list, zip(*pieces, strict=True))
+        )
+        output = bench.step.compute(
+            bench.layout.views(flat),
+            batch,
+            step=part.step,
+            shard=part.shard,
+            count=part.count,
+            step_count=part.step_count,
+        )
+        return Leaf(flat, output if bench.spec.metrics else None)
+
+
+def add_leaves(left: Leaf, right: Leaf) -> Leaf:
+    """Add two nodes of the tree."""
+    return Leaf(torch.add(left.flat, right.flat), None)
+
+
+def update(
+    payload: bytes, run_id: str, snapshot: Snapshot, total: Leaf, step_count: int
+) -> Snapshot:
+    """Apply the total of a step."""
+    if snapshot.non_finite:
+        return snapshot
+    with _at_bench(payload, run_id, step=snapshot.steps) as bench:
+        bench.load(snapshot)
+        bench.total.flat.copy_(total.flat)
+        found: StepTotal = bench.update.read()
+        if not is_finite(found):
+            return replace(snapshot, non_finite=True, last_loss=found.mean_loss)
+        bench.update.apply(found, step_count)
+        bench.state.step += 1
+        bench.state.steps += 1
+        return Snapshot.take(
+            bench.state,
+            loss_sum=snapshot.loss_sum + found.loss,
+            normalizer=snapshot.normalizer + found.normalizer,
+            last_loss=found.mean_loss,
+        )
+
+
+def metric_partials(payload: bytes, run_id: str, leaves: list[Leaf]) -> dict[str, Partial]:
+    """Update metrics with the outputs of one shard in some steps."""
+    with _at_bench(payload, run_id, step=-1) as bench:
+        metrics = BufferedMetrics(bench.spec.metrics)
+        for leaf in leaves:
+            if leaf.output is not None:
+                metrics.update(*leaf.output)
+        return dict(metrics.partial())
+
+
+def validate_block(
+    payload: bytes, run_id: str, snapshot: Snapshot, arrays: list[Any]
+) -> dict[str, Partial]:
+    """Evaluate one block of the validation data."""
+    with _at_bench(payload, run_id, step=snapshot.steps) as bench:
+        bench.load(snapshot, weights_only=True)
+        return evaluate_block(
+            bench.state.model, arrays, bench.dtypes, spec=bench.spec, objective=bench.objective
+        )
+
+
+def end_epoch(payload: bytes, run_id: str, snapshot: Snapshot, monitored: float) -> Snapshot:
+    """Go to the next epoch."""
+    with _at_bench(payload, run_id, step=snapshot.steps) as bench:
+        bench.load(snapshot)
+        bench.state.end_epoch(monitored)
+        return Snapshot.take(bench.state)
+
+
+def canary(payload: bytes, run_id: str) -> bytes:
+    """Hash what this worker computes for the run's sample."""
+    with _at_bench(payload, run_id, step=0) as bench:
+        return fingerprint(
+            bench.spec.model,
+            bench.objective,
+            bench.spec,
+            dtypes=bench.dtypes,
+            device=CPU,
+            shared=True,
+        )
+
+
+@contextlib.contextmanager
+def _at_bench(payload: bytes, run_id: str, *, step: int) -> Iterator[_Bench]:
+    """Work with this thread's bench; errors get the step, the worker and the traceback."""
+    try:
+        bench = _find_bench(payload, run_id)
+        with task_runtime(bench.spec.threads_per_rank, deterministic=bench.spec.bitwise):
+            yield bench
+    except DaskNNError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        raise RankFailed(message, 0, step, get_worker().address, text) from None
+
+
+def _find_bench(payload: bytes, run_id: str) -> _Bench:
+    key = (threading.get_ident(), run_id)
+    with _benches_lock:
+        bench = _benches.pop(key, None)
+    if bench is None:
+        bench = _Bench(payload)
+    with _benches_lock:
+        _benches[key] = bench
+        while len(_benches) > KEPT_BENCHES:
+            _benches.popitem(last=False)
+    return bench
+
+
+def forget_benches(run_id: str) -> None:
+    """Drop the models that tasks of a run left behind."""
+    with _benches_lock:
+        for key in [key for key in _benches if key[1] == run_id]:
+            del _benches[key]

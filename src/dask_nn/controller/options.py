@@ -1,0 +1,162 @@
+"""The arguments of ``train``, checked before any work starts."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from dask_nn.errors import ConfigurationError, ModelError
+from dask_nn.pickling import dumps
+from dask_nn.training.strategies import Synchronous
+
+if TYPE_CHECKING:
+    import torch
+    from torchmetrics import Metric
+
+    from dask_nn.callbacks.base import Callback
+    from dask_nn.data.plan import Shuffle
+
+__all__ = ["Engine", "Options"]
+
+Engine = Literal["spmd", "graph"]
+
+ENGINES = ("spmd", "graph")
+DEVICES = ("cpu", "cuda")
+SHUFFLES: dict[Any, Shuffle] = {True: "blocks", False: "none", "within": "within"}
+EVERY = ("epoch", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to train; see :func:`dask_nn.train` for every field."""
+
+    model: nn.Module | Callable[[], nn.Module]
+    loss: Callable[..., torch.Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    epochs: int
+    batch_size: int
+    metrics: Sequence[str | Metric] | Mapping[str, Metric]
+    strategy: Synchronous
+    engine: Engine
+    transform: Callable[[torch.Tensor], torch.Tensor] | None
+    lr_scheduler: Callable[..., Any] | None
+    lr_scheduler_every: str
+    clip_grad_norm: float | None
+    seed: int
+    shuffle: bool | str
+    window: int | None
+    callbacks: Sequence[Callback]
+    device: str
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _check_integer(name, getattr(self, name), at_least=1)
+        _check_integer("seed", self.seed, at_least=0)
+        if self.window is not None:
+            _check_integer("window", self.window, at_least=1)
+        _check_choice("engine", self.engine, ENGINES)
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("shuffle", self.shuffle, tuple(SHUFFLES))
+        _check_choice("lr_scheduler_every", self.lr_scheduler_every, EVERY)
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            message = f"clip_grad_norm must be positive or None, got {self.clip_grad_norm!r}"
+            raise ConfigurationError(message)
+        if not isinstance(self.strategy, Synchronous):
+            message = f"strategy must be a Synchronous(...), got {self.strategy!r}"
+            raise ConfigurationError(message)
+        if self.engine == "graph" and self.device != "cpu":
+            message = "engine='graph' computes on the CPU; use engine='spmd' with device='cuda'"
+            raise ConfigurationError(message)
+        for name in ("loss", "optimizer"):
+            if not callable(getattr(self, name)):
+                message = f"{name} must be callable, got {getattr(self, name)!r}"
+                raise ConfigurationError(message)
+        for name in ("transform", "lr_scheduler"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                message = f"{name} must be callable or None, got {getattr(self, name)!r}"
+                raise ConfigurationError(message)
+        shards = self.strategy.shards
+        if shards is not None and self.batch_size % shards:
+            message = (
+                f"batch_size must be divisible by the number of shards, got batch_size="
+                f"{self.batch_size} and shards={shards}"
+            )
+            raise ConfigurationError(message)
+
+    @property
+    def plan_shuffle(self) -> Shuffle:
+        """The plan's name for the wanted shuffling."""
+        return SHUFFLES[self.shuffle]
+
+    def check_pickles(self, model: nn.Module) -> None:
+        """Check that everything that goes to the workers can.
+
+        Raises
+        ------
+        ModelError
+            Names the attribute that cannot be pickled.
+        """
+        dumps(model, "module")
+        for name in ("loss", "optimizer", "transform", "lr_scheduler"):
+            value = getattr(self, name)
+            if value is not None:
+                dumps(value, name)
+
+    def make_model(self) -> nn.Module:
+        """Give the module, or make it where a class or function was given.
+
+        Raises
+        ------
+        ModelError
+            If there is no module.
+        """
+        model = self.model
+        if not isinstance(model, nn.Module) and callable(model):
+            import torch
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                model = model()
+        if not isinstance(model, nn.Module):
+            message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+            raise ModelError(message)
+        return model
+
+
+def check_sizes(num_samples: int, *, batch_size: int, shards: int) -> None:
+    """Check that there is enough data for a batch and for every shard.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is not.
+    """
+    if shards > num_samples:
+        message = f"there are more shards ({shards}) than samples ({num_samples}); use fewer shards"
+        raise ConfigurationError(message)
+    if batch_size > num_samples:
+        message = (
+            f"batch_size is {batch_size}, but there are only {num_samples} samples; "
+            f"use batch_size={num_samples // shards * shards} or less"
+        )
+        raise ConfigurationError(message)
+
+
+def _check_integer(name: str, value: Any, *, at_least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        message = f"{name} must be an integer, got {value!r}"
+        raise ConfigurationError(message)
+    if value < at_least:
+        wanted = "positive" if at_least == 1 else f"at least {at_least}"
+        message = f"{name} must be {wanted}, got {value}"
+        raise ConfigurationError(message)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices or (value in {0, 1} and not isinstance(value, bool)):
+        message = f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        raise ConfigurationError(message)

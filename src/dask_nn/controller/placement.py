@@ -1,0 +1,111 @@
+"""Which workers get a rank, and with how many threads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dask_nn.errors import ConfigurationError
+
+__all__ = ["Seating", "WorkerFacts", "seat_ranks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFacts:
+    """What a worker says of itself.
+
+    Parameters
+    ----------
+    address : str
+        Its Dask address.
+    host : str
+        Equal for workers that can share memory.
+    process : int
+        Its process id on that host.
+    machine : str
+        Processor architecture.
+    cores : int
+        Cores of the host that it may use, after affinity and cgroup limits.
+    threads : int
+        Its own Dask threads.
+    memory_bytes : int
+        Its memory limit; 0 if it has none.
+    num_gpus : int
+        CUDA devices that it sees.
+    versions : dict of str to str
+        Of python, torch, dask, distributed and dask_nn; empty text where one is missing.
+    """
+
+    address: str
+    host: str
+    process: int
+    machine: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    num_gpus: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seating:
+    """The workers that run ranks 0, 1, ..., and the intra-op threads of each."""
+
+    workers: tuple[WorkerFacts, ...]
+    threads_per_rank: int
+
+
+def seat_ranks(
+    workers: Sequence[WorkerFacts],
+    *,
+    shards: int,
+    threads_per_rank: int | None = None,
+    device: str = "cpu",
+) -> Seating:
+    """Choose the workers of a gang: never more ranks on a host than it has cores for.
+
+    Ranks of one host follow each other. Workers beyond a host's cores run no rank; they hold
+    and serve blocks.
+
+    Parameters
+    ----------
+    workers : sequence of WorkerFacts
+        All workers of the cluster.
+    shards : int
+        No more ranks than shards.
+    threads_per_rank : int, optional
+        What the user wants; by default a host's cores divided by its ranks, at most the worker's
+        own threads, and the same for all ranks.
+    device : str
+        With ``"cuda"`` a host has as many ranks as its workers see devices.
+
+    Raises
+    ------
+    ConfigurationError
+        If no worker can run a rank.
+    """
+    by_host: dict[str, list[WorkerFacts]] = defaultdict(list)
+    for worker in sorted(workers, key=lambda worker: (worker.host, worker.address)):
+        by_host[worker.host].append(worker)
+    chosen: list[WorkerFacts] = []
+    limits = []
+    for host_workers in by_host.values():
+        cores = max(worker.cores for worker in host_workers)
+        if device == "cuda":
+            able = [worker for worker in host_workers if worker.num_gpus]
+        else:
+            able = host_workers[: max(1, cores // (threads_per_rank or 1))]
+        able = able[: shards - len(chosen)]
+        if able:
+            limits.append(max(1, cores // len(able)))
+            chosen += able
+    if not chosen:
+        message = (
+            f"no worker of {len(workers)} can run a rank on device {device!r}; "
+            "start workers that see a CUDA device, or use device='cpu'"
+        )
+        raise ConfigurationError(message)
+    if threads_per_rank is None:
+        threads_per_rank = min([*limits, *(max(1, worker.threads) for worker in chosen)])
+    return Seating(workers=tuple(chosen), threads_per_rank=threads_per_rank)

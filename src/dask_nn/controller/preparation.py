@@ -1,0 +1,196 @@
+"""From arguments and data to a run that is known to work on a few rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+import numpy as np
+
+from dask_nn.controller.cluster import inspect_workers
+from dask_nn.controller.options import Options, check_sizes
+from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
+from dask_nn.data.blocks import Blocks, align
+from dask_nn.data.peek import label_range, sample
+from dask_nn.errors import DataError
+from dask_nn.metrics.names import resolve
+from dask_nn.metrics.objective import Objective
+from dask_nn.training.preflight import check_labels, try_step
+from dask_nn.training.spec import TrainingSpec
+from dask_nn.training.strategies import default_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distributed import Client
+
+    from dask_nn.config import Settings
+
+__all__ = ["PreparedRun", "prepare"]
+
+# Rows on which the client tries a step, and from which the ranks' canary is computed.
+MAX_SAMPLE_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that can start.
+
+    Parameters
+    ----------
+    spec : TrainingSpec
+        What is trained.
+    blocks, validation : Blocks
+        Where the data lies.
+    workers : tuple of WorkerFacts
+        All workers of the cluster; empty without one.
+    seating : Seating or None
+        Which workers run ranks; None without a cluster.
+    """
+
+    spec: TrainingSpec
+    blocks: Blocks
+    validation: Blocks | None
+    workers: tuple[WorkerFacts, ...]
+    seating: Seating | None
+
+
+def prepare(
+    options: Options,
+    X: Any,
+    y: Any,
+    *,
+    sample_weight: Any,
+    validation: Sequence[Any] | None,
+    client: Client | None,
+    settings: Settings,
+) -> PreparedRun:
+    """Check everything, put the data in place, and try one step on a few rows.
+
+    Raises
+    ------
+    DaskNNError
+        One of its kinds, for whatever could not work.
+    """
+    model = options.make_model()
+    weighted = sample_weight is not None
+    objective = Objective(options.loss, weighted=weighted)
+    if validation is not None and len(validation) != 2 + weighted:
+        wanted = "(X, y, sample_weight)" if weighted else "(X, y)"
+        message = f"validation must be a tuple {wanted}, got {len(validation)} values"
+        raise DataError(message)
+    if client is not None:
+        options.check_pickles(model)
+    workers = tuple(inspect_workers(client)) if client is not None else ()
+    shards = options.strategy.shards or default_shards(options.batch_size, len(workers))
+    _check_known_sizes(X, options, shards)
+
+    names = ("X", "y", "sample_weight") if weighted else ("X", "y")
+    given = (X, y, sample_weight) if weighted else (X, y)
+    place = {"client": client, "block_size_bytes": settings.block_size_bytes}
+    blocks = align(dict(zip(names, given, strict=True)), **place)
+    check_sizes(blocks.num_samples, batch_size=options.batch_size, shards=shards)
+    validation_blocks = None
+    if validation is not None:
+        validation_blocks = align(dict(zip(names, validation, strict=True)), **place)
+        _check_same_rows(blocks, validation_blocks)
+
+    seating = None
+    threads = options.strategy.threads_per_rank
+    if workers:
+        seating = seat_ranks(
+            workers, shards=shards, threads_per_rank=threads, device=options.device
+        )
+        threads = seating.threads_per_rank
+    spec = TrainingSpec(
+        model=model,
+        loss=options.loss,
+        optimizer=options.optimizer,
+        lr_scheduler=options.lr_scheduler,
+        lr_scheduler_every=options.lr_scheduler_every,
+        clip_grad_norm=options.clip_grad_norm,
+        transform=options.transform,
+        weighted=weighted,
+        fields=blocks.fields,
+        block_lengths=blocks.lengths,
+        validation_lengths=() if validation_blocks is None else validation_blocks.lengths,
+        epochs=int(options.epochs),
+        batch_size=int(options.batch_size),
+        shards=shards,
+        window=options.window or settings.window,
+        shuffle=options.plan_shuffle,
+        seed=int(options.seed),
+        threads_per_rank=threads or _own_threads(),
+        bitwise=options.strategy.bitwise,
+        device=options.device,
+        progress_interval_s=settings.progress_interval_s,
+        sample=sample(blocks, min(MAX_SAMPLE_ROWS, options.batch_size // shards), client=client),
+    )
+    output = try_step(spec)
+    num_outputs = _num_outputs(output)
+    spec = replace(
+        spec,
+        metrics=resolve(
+            options.metrics, num_outputs=num_outputs, ignore_index=objective.ignore_index
+        ),
+    )
+    spec = _check_label_blocks(spec, objective, num_outputs, blocks, validation_blocks, client)
+    return PreparedRun(
+        spec=spec,
+        blocks=blocks,
+        validation=validation_blocks,
+        workers=workers,
+        seating=seating,
+    )
+
+
+def _check_label_blocks(
+    spec: TrainingSpec,
+    objective: Objective,
+    num_outputs: int | None,
+    blocks: Blocks,
+    validation: Blocks | None,
+    client: Client | None,
+) -> TrainingSpec:
+    """Check class labels where they lie; note whether labels to be ignored occur."""
+    ignore = objective.ignore_index
+    if ignore is None or num_outputs is None or blocks.fields[1].dtype.kind not in "iu":
+        return spec
+    labels = label_range(blocks, ignore=ignore, client=client)
+    check_labels(spec, labels, num_outputs)
+    if validation is not None:
+        check_labels(spec, label_range(validation, ignore=ignore, client=client), num_outputs)
+    return replace(spec, ignored_labels=labels.ignored)
+
+
+def _check_known_sizes(features: Any, options: Options, shards: int) -> None:
+    """Refuse too little data before any of it is computed, where its length is known."""
+    shape = getattr(features, "shape", None)
+    if isinstance(features, da.Array) and np.isnan(features.shape[0] if features.ndim else 0):
+        return
+    if shape:
+        check_sizes(int(shape[0]), batch_size=options.batch_size, shards=shards)
+
+
+def _check_same_rows(blocks: Blocks, validation: Blocks) -> None:
+    for field, other in zip(blocks.fields, validation.fields, strict=True):
+        if field.shape != other.shape:
+            message = (
+                f"rows of {field.name} have shape {field.shape} in the training data, but "
+                f"{other.shape} in the validation data"
+            )
+            raise DataError(message)
+
+
+def _num_outputs(output: Any) -> int | None:
+    shape = getattr(output, "shape", None)
+    if shape is None:
+        return None
+    return int(shape[1]) if len(shape) > 1 else 1
+
+
+def _own_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()

@@ -1,0 +1,201 @@
+"""A prepared run from its first step to its result."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dask_nn.controller.graph import run_graph
+from dask_nn.controller.rank_group import choose_collective
+from dask_nn.controller.spmd import Listener, run_spmd
+from dask_nn.controller.worker_side import RankPayload
+from dask_nn.errors import NonFiniteLoss, RankFailed, TrainingInterrupted
+from dask_nn.events import Event, Progress, RunInfo
+from dask_nn.training.in_process import run_in_process
+from dask_nn.training.result import TrainingResult
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from dask_nn.callbacks.base import Callback
+    from dask_nn.config import Settings
+    from dask_nn.controller.options import Engine
+    from dask_nn.controller.preparation import PreparedRun
+    from dask_nn.training.outcome import RankOutcome
+
+__all__ = ["execute"]
+
+
+def execute(
+    prepared: PreparedRun,
+    *,
+    engine: Engine,
+    callbacks: Sequence[Callback],
+    client: Client | None,
+    settings: Settings,
+    called_s: float,
+) -> TrainingResult:
+    """Train and give the result.
+
+    Parameters
+    ----------
+    prepared : PreparedRun
+        What to train, and where.
+    engine : str
+        ``"spmd"`` or ``"graph"``; without a client both train in this process.
+    callbacks : sequence of Callback
+        Told how it goes.
+    client : Client or None
+        Of the cluster.
+    settings : Settings
+        In force.
+    called_s : float
+        When the user called, by ``time.monotonic()``.
+
+    Raises
+    ------
+    TrainingInterrupted
+        After Ctrl-C; carries what is trained so far.
+    NonFiniteLoss
+        Carries the last good state.
+    RankFailed
+        If a rank raised an exception.
+    WorkerLost
+        If a worker died.
+    """
+    spec, seating = prepared.spec, prepared.seating
+    collective = "serial"
+    if seating is not None:
+        collective = (
+            "tasks" if engine == "graph" else choose_collective(seating, device=spec.device)
+        )
+    info = RunInfo(
+        engine=engine,
+        strategy="synchronous",
+        num_workers=len(prepared.workers),
+        world_size=1 if seating is None else len(seating.workers),
+        shards=spec.shards,
+        threads_per_rank=spec.threads_per_rank,
+        collective=collective,
+        num_samples=prepared.blocks.num_samples,
+        num_steps=spec.plan(0).num_steps,
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+    )
+    story = _Story(info, callbacks, called_s)
+    if client is None or seating is None:
+        outcome, interrupted = run_in_process(
+            spec,
+            prepared.blocks,
+            prepared.validation,
+            on_start=story.on_start,
+            on_progress=story.on_progress,
+            on_epoch=story.on_epoch,
+        )
+        outcomes = [outcome]
+    else:
+        payload = RankPayload(
+            spec=spec,
+            keys=prepared.blocks.keys or (),
+            validation_keys=(() if prepared.validation is None else prepared.validation.keys or ()),
+            settings=settings,
+        )
+        if engine == "graph":
+            outcomes, interrupted = run_graph(
+                payload, client=client, seating=seating, listener=story.listener
+            )
+        else:
+            outcomes, interrupted = run_spmd(
+                payload,
+                client=client,
+                seating=seating,
+                collective=collective,
+                listener=story.listener,
+            )
+    return _conclude(outcomes, interrupted, story, prepared)
+
+
+class _Story:
+    """Passes on what happens to the callbacks, and keeps it for the result."""
+
+    def __init__(self, info: RunInfo, callbacks: Sequence[Callback], called_s: float) -> None:
+        self.info = info
+        self.events: list[Event] = []
+        self.start_s = float("nan")
+        self.num_epochs = 0
+        self._callbacks = callbacks
+        self._called_s = called_s
+
+    @property
+    def listener(self) -> Listener:
+        return Listener(
+            on_start=self.on_start,
+            on_progress=self.on_progress,
+            on_epoch=self.on_epoch,
+            on_event=self.events.append,
+        )
+
+    def on_start(self) -> None:
+        self.start_s = time.monotonic() - self._called_s
+        for callback in self._callbacks:
+            callback.on_train_start(self.info)
+
+    def on_progress(self, progress: Progress) -> None:
+        for callback in self._callbacks:
+            callback.on_progress(progress)
+
+    def on_epoch(self, record: dict[str, float]) -> None:
+        self.num_epochs += 1
+        for callback in self._callbacks:
+            callback.on_epoch_end(dict(record))
+
+    def on_end(self, result: TrainingResult) -> None:
+        for callback in self._callbacks:
+            callback.on_train_end(result)
+
+
+def _conclude(
+    outcomes: Sequence[RankOutcome], interrupted: bool, story: _Story, prepared: PreparedRun
+) -> TrainingResult:
+    """Turn outcomes into a result, or into the error that explains them best."""
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if failed and not interrupted:
+        first = failed[0]
+        if first.exception is not None and not first.steps:
+            raise first.exception
+        raise RankFailed(first.error, first.rank, first.steps, first.address, first.traceback)
+    leader = next((o for o in outcomes if o.rank == 0 and o.state), None)
+    if leader is None:
+        if interrupted:
+            raise TrainingInterrupted(None)
+        ended = outcomes[0] if outcomes else None
+        message = "the gang ended without a result" if ended is None else ended.error
+        raise RankFailed(
+            message,
+            -1 if ended is None else ended.rank,
+            0 if ended is None else ended.steps,
+            "?" if ended is None else ended.address,
+            "" if ended is None else ended.traceback,
+        )
+    for record in leader.history[story.num_epochs :]:
+        story.on_epoch(record)
+    model = copy.deepcopy(prepared.spec.model).cpu()
+    model.load_state_dict(leader.state)
+    result = TrainingResult(
+        model=model.eval(),
+        history=leader.history,
+        run=story.info,
+        start_s=story.start_s,
+        steps=leader.steps,
+        bitwise=leader.bitwise,
+        optimizer_state=leader.optimizer_state,
+        events=story.events,
+    )
+    story.on_end(result)
+    if leader.status == "non_finite":
+        raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
+    if leader.status == "stopped" or interrupted:
+        raise TrainingInterrupted(result)
+    return result

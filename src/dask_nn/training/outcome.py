@@ -1,0 +1,63 @@
+"""How a rank ended, as a plain value that its caller can always unpickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["RankOutcome", "Status"]
+
+Status = Literal["finished", "stopped", "non_finite", "failed", "aborted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOutcome:
+    """The end of one rank.
+
+    Parameters
+    ----------
+    rank : int
+        Which rank.
+    address : str
+        Its worker.
+    status : str
+        ``finished``, ``stopped`` (asked to, at a step boundary), ``non_finite`` (loss),
+        ``failed`` (an exception of its own) or ``aborted`` (ended by a peer or the client).
+    steps : int
+        Steps completed over the whole run.
+    epoch : int
+        The epoch in which it ended.
+    history : list of dict
+        Finished epochs.
+    state : dict
+        The model's state dict on the CPU; empty for all ranks but the first.
+    optimizer_state : dict
+        Likewise the optimizer's.
+    loss : float
+        The loss of the last step that was looked at.
+    error : str
+        The exception in one line, for ``failed`` and ``aborted``.
+    traceback : str
+        Its traceback.
+    exception : BaseException, optional
+        The exception itself where it is one of dask-nn's own.
+    bitwise : bool
+        Whether the ranks' canaries agreed.
+    collective : str
+        Name of the communicator.
+    """
+
+    rank: int
+    address: str = ""
+    status: Status
+    steps: int = 0
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    optimizer_state: dict[str, Any] = field(default_factory=dict)
+    loss: float = 0.0
+    error: str = ""
+    traceback: str = ""
+    exception: BaseException | None = None
+    bitwise: bool = True
+    collective: str = ""

@@ -1,0 +1,111 @@
+"""Settings of the process and thread that a rank runs in, restored when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["rank_runtime", "task_runtime"]
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+KEEP_BYTES = 1 << 30
+DEFAULT_BYTES = 128 * 1024
+
+_lock = threading.Lock()
+_users = 0
+_before: dict[str, object] = {}
+
+
+@contextlib.contextmanager
+def rank_runtime(threads: int, *, deterministic: bool = True) -> Iterator[None]:
+    """Prepare this thread and its process for a rank.
+
+    Intra-op threads are set, nondeterministic kernels are refused, and the allocator keeps what
+    it freed: Dask's nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, with which every
+    large temporary of a step goes back to the kernel and is faulted in again.
+
+    Parameters
+    ----------
+    threads : int
+        Intra-op threads.
+    deterministic : bool
+        Whether kernels without reproducible bits are refused.
+    """
+    threads_before = torch.get_num_threads()
+    _enter(deterministic=deterministic, keep_memory=True)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        _leave()
+
+
+@contextlib.contextmanager
+def task_runtime(threads: int, *, deterministic: bool = True) -> Iterator[None]:
+    """Prepare a worker thread for one task: intra-op threads and reproducible kernels.
+
+    Parameters
+    ----------
+    threads : int
+        Intra-op threads.
+    deterministic : bool
+        Whether kernels without reproducible bits are refused.
+    """
+    threads_before = torch.get_num_threads()
+    _enter(deterministic=deterministic, keep_memory=False)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        _leave()
+
+
+def _enter(*, deterministic: bool, keep_memory: bool) -> None:
+    global _users  # noqa: PLW0603  (the settings are the process's own)
+    with _lock:
+        _users += 1
+        if _users > 1:
+            return
+        _before["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        _before["warn_only"] = torch.is_deterministic_algorithms_warn_only_enabled()
+        _before["fill"] = torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(deterministic)
+        # Filling every new tensor with NaN finds bugs, and costs time in each step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        _before["keep_memory"] = keep_memory
+        if keep_memory:
+            _keep_freed_memory(KEEP_BYTES, KEEP_BYTES)
+
+
+def _leave() -> None:
+    global _users  # noqa: PLW0603
+    with _lock:
+        _users -= 1
+        if _users:
+            return
+        torch.use_deterministic_algorithms(
+            bool(_before["deterministic"]), warn_only=bool(_before["warn_only"])
+        )
+        torch.utils.deterministic.fill_uninitialized_memory = bool(_before["fill"])
+        if not _before["keep_memory"]:
+            return
+        trim = int(os.environ.get("MALLOC_TRIM_THRESHOLD_", DEFAULT_BYTES))
+        _keep_freed_memory(trim, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", DEFAULT_BYTES)))
+
+
+def _keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, trim_bytes)
+        libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        if trim_bytes < KEEP_BYTES:
+            libc.malloc_trim(0)

@@ -1,0 +1,203 @@
+"""One shard's part of a step: forward, backward, and the leaf that holds their result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from dask_nn.errors import ModelError
+from dask_nn.training.layout import FIRST_MARK, LOSS, NORMALIZER, STOP, LeafLayout, LeafViews
+
+if TYPE_CHECKING:
+    from dask_nn.data.batches import Batch
+    from dask_nn.metrics.objective import Objective
+    from dask_nn.training.randomness import ShardRandomness
+
+__all__ = ["ShardOutput", "ShardStep"]
+
+
+class ShardOutput(NamedTuple):
+    """What metrics need of a shard's step, free of the graph: shapes (count, ...)."""
+
+    output: torch.Tensor
+    target: torch.Tensor
+
+
+class ShardStep:
+    """Computes leaves of one model.
+
+    For a loss that is a mean over rows, the leaf's gradient is already that of the mean over the
+    global batch, because the number of its rows is known from the plan; with one shard it is
+    exactly the gradient of a plain loop. For a loss whose divisor depends on the data, it is the
+    gradient of the sum, and the update divides by the total normaliser.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In training mode; its buffers are put back to the step's start before each shard.
+    objective : Objective
+        The loss.
+    layout : LeafLayout
+        Of this model.
+    randomness : ShardRandomness
+        Seeds the generator for each (step, shard).
+    transform : callable, optional
+        Applied to the batch of X.
+    weighted : bool
+        Whether the batch ends with sample weights.
+    device : torch.device
+        Where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        layout: LeafLayout,
+        randomness: ShardRandomness,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None,
+        weighted: bool,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._layout = layout
+        self._randomness = randomness
+        self._transform = transform
+        self._weighted = weighted
+        self._device = device
+        self._parameters = tuple(layout.parameters)
+        self._scales: dict[float, torch.Tensor] = {}
+        # The buffers as they are at the start of a step, from which every shard begins.
+        self._base = [buffer.detach().clone() for buffer in layout.buffers]
+
+    @property
+    def base_buffers(self) -> list[torch.Tensor]:
+        """The averaged buffers at the start of the step; the update writes them."""
+        return self._base
+
+    def compute(
+        self,
+        views: LeafViews,
+        batch: Batch,
+        *,
+        step: int,
+        shard: int,
+        count: int,
+        step_count: int,
+    ) -> ShardOutput | None:
+        """Write the leaf of one shard.
+
+        Parameters
+        ----------
+        views : LeafViews
+            The leaf.
+        batch : tuple of Tensor
+            X, y and, if weighted, sample weights, of ``count`` rows each.
+        step : int
+            Step of the run.
+        shard : int
+            The shard.
+        count : int
+            Its rows; a shard without rows has a leaf of zeros.
+        step_count : int
+            Rows of the global batch.
+
+        Returns
+        -------
+        ShardOutput or None
+            Outputs and targets; None for a shard without rows.
+        """
+        if not count:
+            views.flat.zero_()
+            return None
+        if self._device.type != "cpu":
+            batch = tuple(tensor.to(self._device, non_blocking=True) for tensor in batch)
+        target = batch[1]
+
+        def forward() -> torch.Tensor:
+            for buffer, base in zip(self._layout.buffers, self._base, strict=True):
+                buffer.copy_(base)
+            x = batch[0] if self._transform is None else self._transform(batch[0])
+            output: torch.Tensor = self._model(x)
+            return output
+
+        output = self._randomness.run(forward, step, shard)
+        scale: float
+        if self._objective.kind == "mean_rows":
+            loss = self._objective.value(output, target)
+            scale = count / step_count
+            value = loss.item()
+            total, normalizer = value * count, float(count)
+        elif self._objective.kind == "sum":
+            loss = self._objective.value(output, target)
+            scale = 1.0
+            total, normalizer = loss.item(), float(count)
+        else:
+            weight = batch[2] if self._weighted else None
+            loss, divisor = self._objective.sum_and_normalizer(output, target, weight)
+            scale = 1.0
+            total, normalizer = loss.item(), divisor.item()
+        if not loss.requires_grad:
+            message = (
+                "the loss does not depend on any trained parameter; check that the module uses "
+                "its parameters and does not detach its output"
+            )
+            raise ModelError(message)
+        gradients = torch.autograd.grad(
+            loss, self._parameters, grad_outputs=self._scale(scale, loss), allow_unused=True
+        )
+        self._write(views, gradients, total, normalizer, count)
+        return ShardOutput(output.detach(), target)
+
+    def _write(
+        self,
+        views: LeafViews,
+        gradients: tuple[torch.Tensor | None, ...],
+        total: float,
+        normalizer: float,
+        count: int,
+    ) -> None:
+        tail = views.tail
+        if any(gradient is None for gradient in gradients):
+            marks = []
+            for view, gradient in zip(views.gradients, gradients, strict=True):
+                marks.append(0.0 if gradient is None else 1.0)
+                if gradient is None:
+                    view.zero_()
+                else:
+                    view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+            tail[FIRST_MARK:] = torch.tensor(marks, dtype=tail.dtype, device=tail.device)
+        elif any(gradient.is_sparse for gradient in gradients):  # type: ignore[union-attr]
+            for view, gradient in zip(views.gradients, gradients, strict=True):
+                view.copy_(gradient.to_dense())  # type: ignore[union-attr]
+            tail[FIRST_MARK:] = 1.0
+        else:
+            torch._foreach_copy_(views.gradients, gradients)
+            tail[FIRST_MARK:] = 1.0
+        if tail.device.type == "cpu":
+            scalars = tail.numpy()
+            scalars[LOSS] = total
+            scalars[NORMALIZER] = normalizer
+            scalars[STOP] = 0.0
+        else:
+            tail[:FIRST_MARK] = torch.tensor([total, normalizer, 0.0], device=tail.device)
+        with torch.no_grad():
+            for view, buffer, base in zip(
+                views.buffers, self._layout.buffers, self._base, strict=True
+            ):
+                torch.sub(buffer, base, out=view) if view.dtype == buffer.dtype else view.copy_(
+                    buffer - base
+                )
+                view.mul_(count)
+
+    def _scale(self, scale: float, loss: torch.Tensor) -> torch.Tensor:
+        found = self._scales.get(scale)
+        if found is None or found.dtype != loss.dtype:
+            found = torch.tensor(scale, dtype=loss.dtype, device=loss.device)
+            self._scales[scale] = found
+        return found

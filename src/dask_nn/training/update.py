@@ -1,0 +1,130 @@
+"""What happens to the weights once the leaves of all shards are added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dask_nn.training.layout import FIRST_MARK, LOSS, NORMALIZER, STOP, LeafLayout, LeafViews
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["StepTotal", "Update"]
+
+
+class StepTotal(NamedTuple):
+    """The scalars of a whole step: loss sum, normaliser and votes to stop."""
+
+    loss: float
+    normalizer: float
+    stop: bool
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the global batch; 0 if all its weights are 0."""
+        return self.loss / self.normalizer if self.normalizer else 0.0
+
+
+class Update:
+    """Applies a total to the model: mean, clipping, optimizer, schedule, buffers.
+
+    Every rank applies the same total to the same state, so their states stay equal.
+
+    Parameters
+    ----------
+    layout : LeafLayout
+        Of the model.
+    views : LeafViews
+        Of the buffer in which totals arrive; the parameters' ``grad`` are these views.
+    base_buffers : list of Tensor
+        Where the averaged buffers go, besides the model's own.
+    optimizer : torch.optim.Optimizer
+        Of the model's parameters.
+    scheduler : object, optional
+        A learning-rate scheduler that is stepped after every update.
+    divides : bool
+        Whether gradients are sums, to be divided by the total normaliser.
+    clip_grad_norm : float, optional
+        Largest global norm of the mean gradient.
+    """
+
+    def __init__(
+        self,
+        layout: LeafLayout,
+        views: LeafViews,
+        *,
+        base_buffers: list[torch.Tensor],
+        optimizer: Optimizer,
+        scheduler: Any = None,
+        divides: bool,
+        clip_grad_norm: float | None,
+    ) -> None:
+        self._layout = layout
+        self._views = views
+        self._base = base_buffers
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._divides = divides
+        self._clip = clip_grad_norm
+        self._gradients = views.flat[: layout.num_gradient_elements]
+        self._all_used = False
+        # The tail is read in each step: through NumPy where that is possible, it is twice as fast.
+        tail = views.tail
+        self._read: Callable[[], list[float]] = (
+            tail.numpy().tolist if tail.device.type == "cpu" else tail.tolist
+        )
+
+    def read(self) -> StepTotal:
+        """Read the scalars of the total, and which parameters it reaches."""
+        tail = self._read()
+        self._marks = tail[FIRST_MARK:]
+        return StepTotal(tail[LOSS], tail[NORMALIZER], tail[STOP] > 0)
+
+    def apply(self, total: StepTotal, step_count: int) -> None:
+        """Update the model.
+
+        Parameters
+        ----------
+        total : StepTotal
+            What :meth:`read` returned; its loss is finite.
+        step_count : int
+            Rows of the global batch.
+        """
+        if self._divides:
+            if not total.normalizer:
+                return  # every sample weighs nothing: there is no mean to follow
+            self._gradients.div_(total.normalizer)
+        if not (self._all_used and 0.0 not in self._marks):
+            self._attach_gradients()
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._layout.parameters, self._clip)
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        if self._base:
+            self._average_buffers(step_count)
+
+    def _attach_gradients(self) -> None:
+        """Leave parameters that no shard used without a gradient, as a plain loop would."""
+        for parameter, view, mark in zip(
+            self._layout.parameters, self._views.gradients, self._marks, strict=True
+        ):
+            parameter.grad = view if mark else None
+        self._all_used = all(self._marks)
+
+    def _average_buffers(self, step_count: int) -> None:
+        for buffer, base, change in zip(
+            self._layout.buffers, self._base, self._views.buffers, strict=True
+        ):
+            mean = change.div_(step_count)
+            base.add_(mean if base.is_floating_point() else mean.round_().to(base.dtype))
+            buffer.copy_(base)
+
+
+def is_finite(total: StepTotal) -> bool:
+    """Tell whether a step may be applied."""
+    return math.isfinite(total.loss) and math.isfinite(total.normalizer)

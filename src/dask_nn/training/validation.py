@@ -1,0 +1,126 @@
+"""Validation inside the gang: every rank reads its share of the blocks, all merge the same way."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dask_nn.collectives.tree import shard_range
+from dask_nn.metrics.merge import compute, merge_named
+
+if TYPE_CHECKING:
+    from dask_nn.collectives.base import Communicator
+    from dask_nn.data.reader import BlockReader
+    from dask_nn.metrics.merge import Partial
+    from dask_nn.metrics.objective import Objective
+    from dask_nn.training.spec import TrainingSpec
+
+__all__ = ["Validation", "evaluate_block"]
+
+BATCH_SIZE = 1024
+
+
+class Validation:
+    """Loss and metrics over the validation blocks, the same bits for any number of ranks.
+
+    Parameters
+    ----------
+    spec : TrainingSpec
+        Its metrics, transform and number of validation blocks.
+    objective : Objective
+        The loss.
+    reader : BlockReader
+        Of the validation blocks.
+    dtypes : tuple of torch.dtype
+        Types in which model and loss see the fields.
+    comm : Communicator
+        An open one.
+    """
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        *,
+        objective: Objective,
+        reader: BlockReader,
+        dtypes: tuple[torch.dtype, ...],
+        comm: Communicator,
+    ) -> None:
+        self._spec = spec
+        self._objective = objective
+        self._reader = reader
+        self._dtypes = dtypes
+        self._comm = comm
+
+    def run(self, model: nn.Module) -> dict[str, float]:
+        """Evaluate the model; every rank calls it and gets the same values.
+
+        Returns
+        -------
+        dict of str to float
+            ``val_loss`` and one ``val_<metric>`` for each metric.
+        """
+        lo, hi = shard_range(
+            self._comm.rank, self._comm.world_size, len(self._spec.validation_lengths)
+        )
+        parts = [
+            evaluate_block(
+                model,
+                self._reader.read(block),
+                self._dtypes,
+                spec=self._spec,
+                objective=self._objective,
+            )
+            for block in range(lo, hi)
+        ]
+        # Partials are plain states made by these same ranks a moment ago.
+        gathered = self._comm.all_gather_bytes(pickle.dumps(parts))
+        merged = merge_named([part for chunk in gathered for part in pickle.loads(chunk)])  # noqa: S301
+        return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
+
+
+def evaluate_block(
+    model: nn.Module,
+    arrays: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    *,
+    spec: TrainingSpec,
+    objective: Objective,
+) -> dict[str, Partial]:
+    """Evaluate a model on one block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its mode is kept.
+    arrays : sequence of numpy.ndarray
+        X, y and, if weighted, sample weights, shape (rows, ...).
+    dtypes : sequence of torch.dtype
+        Types in which model and loss see them.
+    spec : TrainingSpec
+        Its metrics and transform.
+    objective : Objective
+        The loss.
+    """
+    from dask_nn.metrics.block import block_partials
+
+    tensors = [
+        torch.from_numpy(array.copy()).to(dtype)
+        for array, dtype in zip(arrays, dtypes, strict=True)
+    ]
+    return dict(
+        block_partials(
+            model,
+            tensors[0],
+            tensors[1],
+            tensors[2] if spec.weighted else None,
+            metrics=spec.metrics,
+            loss=objective,
+            batch_size=BATCH_SIZE,
+            transform=spec.transform,
+        )
+    )
