@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dask_nn.checkpoints.whole_file import whole_file
 from dask_nn.errors import CheckpointError
 
 __all__ = ["load_weights", "save_weights", "weights_sha256"]
@@ -80,7 +79,8 @@ def save_weights(
         _SHA256: weights_sha256(tensors),
     }
     try:
-        _write_whole(target, save(tensors, metadata=header))
+        with whole_file(target) as file:
+            file.write(save(tensors, metadata=header))
     except OSError as error:
         message = f"{target}: weights cannot be written there: {error.strerror or error}"
         raise CheckpointError(message) from error
@@ -136,21 +136,3 @@ def load_weights(
         )
         raise CheckpointError(message)
     return tensors, metadata
-
-
-def _write_whole(target: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp files are private; the result gets what a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from distributed import Client
+from distributed import Client, Security
+from distributed.core import rpc
+from distributed.utils import LoopRunner
 
 from dask_nn.errors import SchedulerUnreachable
 
@@ -38,15 +41,27 @@ def connect(address: str, timeout_s: float = 10) -> Client:
     """
     try:
         with _quiet("distributed"):
-            return Client(address, timeout=timeout_s)
+            # A client waits for ever for the answer of something that listens and is no Dask.
+            kind = LoopRunner().run_sync(_kind, address, timeout_s)
+            if kind == "Scheduler":
+                return Client(address, timeout=timeout_s)
+        reason = f"a Dask {kind.lower()} did"
     except (OSError, ValueError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        message = (
-            f"no Dask scheduler answered at {address!r} within {timeout_s:g} s "
-            f"({reason[0] if reason else type(error).__name__}); expected the address that "
-            "`dask scheduler` prints, such as tcp://10.0.0.5:8786"
-        )
-        raise SchedulerUnreachable(message) from error
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else "no answer"
+    raise SchedulerUnreachable(
+        f"no Dask scheduler answered at {address!r} within {timeout_s:g} s ({reason}); expected "
+        "the address that `dask scheduler` prints, such as tcp://10.0.0.5:8786"
+    )
+
+
+async def _kind(address: str, timeout_s: float) -> str:
+    arguments = Security().get_connection_args("client")
+    async with (
+        asyncio.timeout(timeout_s),
+        rpc(address, timeout=timeout_s, connection_args=arguments) as server,
+    ):
+        return str((await server.identity())["type"])
 
 
 @contextmanager

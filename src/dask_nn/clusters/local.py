@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import multiprocessing
@@ -9,9 +10,10 @@ import shutil
 import signal
 import tempfile
 import warnings
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dask.system import cpu_count
 from distributed import Client, LocalCluster
@@ -37,7 +39,7 @@ def local_cluster(
     *,
     processes: bool = True,
     preload: Sequence[str] = ("torch",),
-    dashboard_address: str | None = "127.0.0.1:8787",
+    dashboard_address: str = "127.0.0.1:8787",
     close_timeout_s: float = 1.0,
 ) -> Iterator[Client]:
     """Run a cluster on this machine for the length of a ``with`` block.
@@ -56,8 +58,8 @@ def local_cluster(
         Workers in processes of their own, else in threads of this process.
     preload : sequence of str, default ("torch",)
         Modules that the workers import before they take work.
-    dashboard_address : str or None
-        Where the dashboard listens; another port is taken where this one is busy. None for none.
+    dashboard_address : str, default "127.0.0.1:8787"
+        Where the dashboard listens; another port is taken where this one is busy.
     close_timeout_s : float, default 1.0
         What is still alive so many seconds after the block ended is killed.
 
@@ -83,25 +85,49 @@ def local_cluster(
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
-        loop = _loop_blind_to_interrupts()
-        stack.callback(loop.stop, close_timeout_s)
+        runner = _loop_blind_to_interrupts()
+        stack.callback(runner.stop, close_timeout_s)
         with warnings.catch_warnings():
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
             warnings.filterwarnings("ignore", message="Port .* is already in use")
-            cluster = LocalCluster(
+            cluster = _in_loop(
+                runner,
+                _make,
                 n_workers=workers,
                 threads_per_worker=threads_per_worker,
                 processes=processes,
-                loop=loop.loop,
                 local_directory=scratch,
                 dashboard_address=dashboard_address,
                 silence_logs=logging.CRITICAL,
+                asynchronous=True,
                 **({"preload": list(preload)} if processes and preload else {}),
             )
-        stack.callback(_close, cluster, close_timeout_s)
-        client = stack.enter_context(Client(cluster, timeout=30))
+            stack.callback(_close, runner, cluster, before, close_timeout_s)
+            _in_loop(runner, _started, cluster)
+        client = Client(cluster.scheduler_address, timeout=30, loop=runner.loop)
+        stack.callback(client.close, timeout=close_timeout_s)
         client.wait_for_workers(workers, timeout=60)
         yield client
+
+
+async def _make(**options: Any) -> LocalCluster:
+    cluster = LocalCluster(**options)
+    # The block closes it; at the end of the process there would be no loop to do so.
+    cluster.shutdown_on_close = False
+    return cluster
+
+
+async def _started(cluster: Any) -> None:
+    await cluster
+
+
+async def _closed(cluster: Any) -> None:
+    await cluster.close()
+
+
+def _in_loop(runner: LoopRunner, function: Any, *arguments: Any, **options: Any) -> Any:
+    coroutine = function(*arguments, **options)
+    return asyncio.run_coroutine_threadsafe(coroutine, runner.loop.asyncio_loop).result()
 
 
 def _loop_blind_to_interrupts() -> LoopRunner:
@@ -122,10 +148,17 @@ def _loop_blind_to_interrupts() -> LoopRunner:
     return runner
 
 
-def _close(cluster: LocalCluster, timeout_s: float) -> None:
-    # Workers that hang must not keep the caller; they are killed right after.
-    with contextlib.suppress(TimeoutError, OSError):
-        cluster.close(timeout=timeout_s)
+def _close(
+    runner: LoopRunner, cluster: LocalCluster, before: frozenset[int | None], timeout_s: float
+) -> None:
+    closed = asyncio.run_coroutine_threadsafe(_closed(cluster), runner.loop.asyncio_loop)
+    with contextlib.suppress(TimeoutError, OSError, CancelledError):
+        try:
+            closed.result(timeout_s)
+        except TimeoutError:
+            # Workers that hang must not keep the caller; without them the cluster closes at once.
+            _kill_children_except(before)
+            closed.result(timeout_s)
 
 
 def _kill_children_except(before: frozenset[int | None]) -> None:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import gc
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dask_nn.clusters.connect import connect
+from dask_nn.errors import SchedulerUnreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distributed import LocalCluster
+
+
+# Distributed forgets to close a socket that did not connect in time.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collect_what_distributed_forgot() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+def test_it_connects_to_a_running_scheduler(threads_cluster2: LocalCluster) -> None:
+    with connect(threads_cluster2.scheduler_address) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_a_worker_is_told_from_a_scheduler(threads_cluster2: LocalCluster) -> None:
+    address = threads_cluster2.workers[0].address
+    with pytest.raises(SchedulerUnreachable, match="a Dask worker did"):
+        connect(address, timeout_s=5)
+
+
+@pytest.mark.parametrize("address", ["", "elsewhere", "carrier-pigeon://x"])
+def test_an_address_that_is_none_is_refused_at_once(address: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(SchedulerUnreachable, match="expected the address"):
+        connect(address, timeout_s=5)
+    assert time.monotonic() - start < 2
+
+
+def test_a_closed_port_is_reported_within_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    start = time.monotonic()
+    with pytest.raises(SchedulerUnreachable, match=address):
+        connect(address, timeout_s=1)
+    assert time.monotonic() - start < 3
+
+
+def test_a_listener_that_is_no_scheduler_is_reported_within_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(SchedulerUnreachable, match=address):
+            connect(address, timeout_s=1)
+        assert time.monotonic() - start < 4

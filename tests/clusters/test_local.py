@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from distributed import Client
+
+from dask_nn.clusters.local import available_cores, local_cluster
+from dask_nn.errors import ConfigurationError
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def group_is_gone(pid: int) -> bool:
+    """Tell whether no process of the group is left; Python's tracker ends a moment after it."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def scratch_folders() -> set[str]:
+    return {path.name for path in Path(tempfile.gettempdir()).glob("dask-nn-*")}
+
+
+def nap(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_available_cores_are_those_of_the_affinity_mask_at_most() -> None:
+    assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("option", ["workers", "threads_per_worker"])
+def test_counts_below_one_are_refused_before_anything_starts(option: str) -> None:
+    with (
+        pytest.raises(ConfigurationError, match=f"{option} must be at least 1, got 0"),
+        local_cluster(**{option: 0}),
+    ):
+        pass
+
+
+def test_nothing_is_left_after_the_block_even_of_a_worker_that_hangs() -> None:
+    folders = scratch_folders()
+    with local_cluster(2, 2, preload=(), dashboard_address=":0") as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        assert [worker["nthreads"] for worker in workers.values()] == [2, 2]
+        pids = list(client.run(os.getpid).values())
+        hung = client.submit(nap, 60)
+        start = time.monotonic()
+    assert time.monotonic() - start < 3
+    assert hung.status != "finished"
+    assert not any(map(alive, pids))
+    assert scratch_folders() == folders
+
+
+def test_workers_can_be_threads() -> None:
+    with local_cluster(2, processes=False, dashboard_address=":0") as client:
+        assert set(client.run(os.getpid).values()) == {os.getpid()}
+
+
+def test_an_error_in_the_block_comes_out_of_it() -> None:
+    options = {"processes": False, "dashboard_address": ":0"}
+    with pytest.raises(ZeroDivisionError), local_cluster(1, **options):
+        1 / 0  # noqa: B018
+
+
+def test_workers_do_not_see_an_interrupt_of_the_process_group(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from dask_nn.clusters.local import local_cluster\n"
+        "if __name__ == '__main__':\n"
+        "    with local_cluster(2, preload=(), dashboard_address=':0') as client:\n"
+        "        before = client.run(os.getpid)\n"
+        "        try:\n"
+        "            os.killpg(0, signal.SIGINT)\n"
+        "            time.sleep(30)\n"
+        "        except KeyboardInterrupt:\n"
+        "            print('the client heard it')\n"
+        "        print('equal' if client.run(os.getpid) == before else 'other workers')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert done.stdout.split("\n")[:2] == ["the client heard it", "equal"]
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import threading, os, signal\n"
+        "from dask_nn.clusters.local import local_cluster\n"
+        "if __name__ == '__main__':\n"
+        "    threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()\n"
+        "    try:\n"
+        "        with local_cluster(2, dashboard_address=':0'):\n"
+        "            print('started')\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('stopped', flush=True)\n"
+    )
+    folders = scratch_folders()
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, err = process.communicate(timeout=60)
+    assert out == "stopped\n"
+    assert err == ""
+    assert scratch_folders() == folders
+    assert group_is_gone(process.pid)
+
+
+def test_the_client_is_closed_with_its_cluster() -> None:
+    with local_cluster(1, processes=False, dashboard_address=":0") as client:
+        assert isinstance(client, Client)
+    assert client.status == "closed"
