@@ -7,14 +7,16 @@ times, a little shifted, turned and scaled. Train and test come from different o
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import zipfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dask_nn.checkpoints.whole_file import whole_file
 from dask_nn.examples.mnist.sequential import Digits
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["cached_digits", "make_digits", "split_originals"]
 
@@ -40,7 +42,8 @@ def cached_digits(folder: Path, *, train: int = 60_000, test: int = 10_000) -> D
     made = make_digits(train=train, test=test)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        _save(path, made)
+        with whole_file(path) as file:
+            np.savez(file, **vars(made))
     return made
 
 
@@ -126,14 +129,3 @@ def _vary(large: np.ndarray, rows: np.ndarray, random: np.random.Generator) -> n
         drawn = ndimage.map_coordinates(large, source, order=1, prefilter=False)
         images[batch] = np.rint(drawn).astype(np.uint8)
     return images
-
-
-def _save(path: Path, digits: Digits) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **vars(digits))
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

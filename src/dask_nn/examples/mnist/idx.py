@@ -19,7 +19,7 @@ from dask_nn.errors import DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["read_images", "read_labels"]
+__all__ = ["read_images", "read_labels", "write_idx"]
 
 _UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -68,6 +68,21 @@ def read_labels(path: Path) -> np.ndarray:
         message = f"{path}: expected labels of 0 to 9, got {values[row]} in row {row}"
         raise DataError(message)
     return values.astype(np.int64)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """Write an array of unsigned bytes; gzip compresses it where the name ends in ``.gz``.
+
+    Parameters
+    ----------
+    path : Path
+        Destination; its folder must exist.
+    values : numpy.ndarray
+        uint8, of any shape.
+    """
+    lengths = np.array(values.shape, ">u4").tobytes()
+    content = bytes((0, 0, _UNSIGNED_BYTE, values.ndim)) + lengths + values.tobytes()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def _read(path: Path, what: str, num_axes: int) -> np.ndarray:

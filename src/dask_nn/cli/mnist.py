@@ -1,0 +1,257 @@
+"""``dask-nn mnist``: train on MNIST with Dask and compare with sequential training."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    import torch
+    from distributed import Client
+    from rich.console import Console
+
+    from dask_nn.examples.mnist.compare import Comparison, Job, Sequential
+    from dask_nn.examples.mnist.data import Dataset
+    from dask_nn.examples.mnist.sequential import Digits
+    from dask_nn.training.result import TrainingResult
+
+__all__ = ["mnist"]
+
+_CONNECT_TIMEOUT_S = 5
+_POSITIVE = click.IntRange(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Where to take the data from, where to train, and where to write."""
+
+    data_dir: Path | None
+    workers: int | None
+    threads_per_worker: int
+    scheduler: str | None
+    report: Path
+    json: Path | None
+
+    @property
+    def weights(self) -> Path:
+        return self.report / "weights.safetensors"
+
+
+@click.command
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Folder with the four IDX files of MNIST, plain or .gz. Default: $DASK_NN_DATA, else the "
+    "cache, else a download, else the digits of scikit-learn.",
+)
+@click.option("--workers", type=_POSITIVE, help="Worker processes to start. Default: one per core.")
+@click.option("--threads-per-worker", type=_POSITIVE, help="Threads of each worker.  [default: 1]")
+@click.option("--scheduler", metavar="ADDRESS", help="Use this cluster instead of starting one.")
+@click.option(
+    "--epochs", type=_POSITIVE, default=5, show_default=True, help="Passes over the data."
+)
+@click.option(
+    "--batch-size", type=_POSITIVE, default=128, show_default=True, help="Images of a step."
+)
+@click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of SGD.")
+@click.option(
+    "--hidden", type=_POSITIVE, default=128, show_default=True, help="Width of the hidden layer."
+)
+@click.option("--shards", type=_POSITIVE, help="Logical replicas. Default: one per rank.")
+@click.option(
+    "--engine",
+    type=click.Choice(["spmd", "graph"]),
+    default="spmd",
+    show_default=True,
+    help="A gang of ranks, or a graph of Dask tasks.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Sets the first weights and the order of the images.",
+)
+@click.option("--no-sequential", is_flag=True, help="Train with dask-nn alone.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("report"),
+    show_default=True,
+    help="Folder for the weights and the pictures.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File for all numbers of the comparison.",
+)
+def mnist(
+    *,
+    data_dir: Path | None,
+    workers: int | None,
+    threads_per_worker: int | None,
+    scheduler: str | None,
+    no_sequential: bool,
+    report: Path,
+    json_path: Path | None,
+    hidden: int,
+    **options: Any,
+) -> None:
+    """Train on MNIST with Dask, and compare with sequential training."""
+    if scheduler is not None and (workers or threads_per_worker):
+        raise click.UsageError(
+            "--workers and --threads-per-worker start a cluster, --scheduler uses a running one: "
+            "give either"
+        )
+    places = _Places(
+        data_dir=data_dir,
+        workers=workers,
+        threads_per_worker=threads_per_worker or 1,
+        scheduler=scheduler,
+        report=report,
+        json=json_path,
+    )
+    _make_folders(places)
+
+    from rich.console import Console
+
+    from dask_nn.examples.mnist.compare import Job
+
+    job = Job(hidden_size=hidden, **options)
+    console = Console(highlight=False, soft_wrap=True)
+    comparison = _run(job, places, console, with_sequential=not no_sequential)
+    _show(comparison, places, console)
+
+
+def _make_folders(places: _Places) -> None:
+    from dask_nn.errors import ConfigurationError
+
+    try:
+        places.report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--report {places.report}: expected a folder to write to: {error.strerror or error}"
+        ) from error
+    folders = {"--report": places.report}
+    if places.json is not None:
+        folders["--json"] = places.json.absolute().parent
+    for option, folder in folders.items():
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ConfigurationError(f"{option}: {folder} is no folder that can be written to")
+
+
+def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) -> Comparison:
+    from dask_nn.clusters.connect import connect
+    from dask_nn.clusters.local import local_cluster
+    from dask_nn.errors import NonFiniteLoss, TrainingInterrupted
+    from dask_nn.examples.mnist.compare import (
+        Comparison,
+        check,
+        evaluate_parallel,
+    )
+    from dask_nn.examples.mnist.data import load
+
+    with ExitStack() as stack:
+        client: Client | None = None
+        if places.scheduler is not None:
+            client = stack.enter_context(closing(connect(places.scheduler, _CONNECT_TIMEOUT_S)))
+        dataset = load(places.data_dir)
+        if dataset.note:
+            console.print(f"Note: {dataset.note}")
+        check(job, len(dataset.digits.train_labels))
+        try:
+            sequential = _train_sequential(job, dataset, console) if with_sequential else None
+            if client is None:
+                client = stack.enter_context(
+                    local_cluster(places.workers, places.threads_per_worker)
+                )
+            console.print(f"\ndask-nn on {client.scheduler_info()['address']}")
+            console.print(f"Dashboard: {client.dashboard_link}")
+            result = _train_parallel(job, dataset.digits, client, console)
+        except TrainingInterrupted as interrupt:
+            raise KeyboardInterrupt(_save_unfinished(interrupt, places, job)) from interrupt
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt("Interrupted; nothing was trained yet.") from interrupt
+        except NonFiniteLoss as error:
+            if error.result is not None:
+                _save(error.result.model, places, job)
+                click.echo(f"The last good weights are in {places.weights}.", err=True)
+            raise
+        _save(result.model, places, job)
+        try:
+            parallel = evaluate_parallel(result, dataset.digits, client)
+        except KeyboardInterrupt as interrupt:
+            message = f"Interrupted; the trained weights are in {places.weights}."
+            raise KeyboardInterrupt(message) from interrupt
+    return Comparison(dataset=dataset, sequential=sequential, parallel=parallel)
+
+
+def _train_sequential(job: Job, dataset: Dataset, console: Console) -> Sequential:
+    from dask_nn.examples.mnist.compare import run_sequential
+
+    titles = {
+        "guide": "Sequential PyTorch, as a beginner's guide writes it",
+        "best": "Sequential PyTorch, the best plain loop",
+    }
+    samples = len(dataset.digits.train_labels)
+
+    def on_epoch_end(name: str, epoch: int, loss: float, seconds: float) -> None:
+        if epoch == 0:
+            console.print(f"\n{titles[name]}")
+        rate = samples / seconds
+        console.print(f"epoch {epoch + 1}/{job.epochs}  loss {loss:.4f}  {rate:,.0f} samples/s")
+
+    return run_sequential(job, dataset.digits, on_epoch_end)
+
+
+def _train_parallel(job: Job, digits: Digits, client: Client, console: Console) -> TrainingResult:
+    from dask_nn.callbacks.progress import RichProgress
+    from dask_nn.examples.mnist.compare import train_parallel
+
+    with RichProgress(console) as progress:
+        return train_parallel(job, digits, client, [progress])
+
+
+def _save_unfinished(interrupt: KeyboardInterrupt, places: _Places, job: Job) -> str:
+    result = getattr(interrupt, "result", None)
+    if result is None:
+        return "Interrupted; nothing was trained yet."
+    _save(result.model, places, job)
+    return f"Interrupted; what is trained so far is in {places.weights}."
+
+
+def _save(model: torch.nn.Module, places: _Places, job: Job) -> None:
+    from dask_nn.checkpoints.serialization import save_weights
+
+    metadata = {"model": "SimpleNN", "hidden_size": str(job.hidden_size), "seed": str(job.seed)}
+    save_weights(places.weights, model.state_dict(), metadata)
+
+
+def _show(comparison: Comparison, places: _Places, console: Console) -> None:
+    from dask_nn.checkpoints.whole_file import whole_file
+    from dask_nn.examples.mnist.report import draw_curves, draw_misread, make_table
+
+    result = comparison.parallel.result
+    console.print()
+    console.print(make_table(comparison))
+    console.print(
+        f"First step {result.start_s:.2f} s after the call of train, "
+        f"weights {result.weights_sha256[:16]}"
+    )
+    draw_curves(comparison, places.report / "curves.png")
+    draw_misread(comparison.dataset.digits, comparison.parallel, places.report / "misread.png")
+    written = [places.weights, places.report / "curves.png", places.report / "misread.png"]
+    if places.json is not None:
+        with whole_file(places.json) as file:
+            file.write(json.dumps(comparison.as_dict(), indent=2).encode() + b"\n")
+        written.append(places.json)
+    console.print(f"Wrote {', '.join(map(str, written))}")
