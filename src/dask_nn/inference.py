@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -17,6 +16,7 @@ from dask_nn.metrics.forward import (
     one_thread_per_task,
     outputs,
     probe,
+    sendable,
 )
 from dask_nn.metrics.row_blocks import as_array, one_chunk_per_row_block, per_block, shipped
 from dask_nn.pickling import dumps
@@ -78,14 +78,12 @@ def predict(
     rows = as_array("X", X)
     if not isinstance(rows, da.Array):
         like = _like(model, rows, output, transform)
-        return _predict_block(
+        return _predict_rows(
             rows, [model, transform], output=output, batch_size=batch_size, like=like
         )
     rows = one_chunk_per_row_block("X", rows)
-    parts = [dumps(model, "module"), dumps(transform, "transform")]
-    sent = pickle.loads(parts[0])  # noqa: S301 - pickled above
-    if _is_elsewhere(sent):
-        parts[0] = dumps(sent.cpu(), "module")
+    payload, sent = sendable(model)
+    objects = shipped(payload, dumps(transform, "transform"))
     like = _like(sent, rows, output, transform)
     return per_block(
         partial(_predict_block, output=output, batch_size=int(batch_size), like=like),
@@ -93,7 +91,7 @@ def predict(
         row_shape=like.shape[1:],
         meta=like,
         name="dask-nn-predict",
-        objects=shipped(*parts),
+        objects=objects,
     )
 
 
@@ -107,6 +105,13 @@ def _like(
 
 
 def _predict_block(
+    X: np.ndarray[Any, Any], objects: list[Any], **options: Any
+) -> np.ndarray[Any, Any]:
+    with one_thread_per_task():
+        return _predict_rows(X, objects, **options)
+
+
+def _predict_rows(
     X: np.ndarray[Any, Any],
     objects: list[Any],
     *,
@@ -116,16 +121,15 @@ def _predict_block(
 ) -> np.ndarray[Any, Any]:
     model, transform = objects
     found = np.empty((len(X), *like.shape[1:]), dtype=like.dtype)
-    with one_thread_per_task():
-        for rows, raw in outputs(model, X, batch_size=batch_size, transform=transform):
-            with torch.inference_mode():
-                finished = _to_numpy(_FINISH[output](raw))
-            if finished.shape[1:] != like.shape[1:]:
-                raise ModelError(
-                    f"the module gives {finished.shape[1:]} per row for some rows and "
-                    f"{like.shape[1:]} for others, expected the same shape for all"
-                )
-            found[rows] = finished
+    for rows, raw in outputs(model, X, batch_size=batch_size, transform=transform):
+        with torch.inference_mode():
+            finished = _to_numpy(_FINISH[output](raw))
+        if finished.shape[1:] != like.shape[1:]:
+            raise ModelError(
+                f"the module gives {finished.shape[1:]} per row for some rows and "
+                f"{like.shape[1:]} for others, expected the same shape for all"
+            )
+        found[rows] = finished
     return found
 
 
@@ -159,8 +163,3 @@ def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == torch.bfloat16:  # unknown to NumPy
         tensor = tensor.float()
     return tensor.detach().numpy()
-
-
-def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether any part of a model lies on a device that workers may lack."""
-    return any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_nn.errors import ConfigurationError, DataError, ModelError
+from dask_nn.pickling import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ __all__ = [
     "one_thread_per_task",
     "outputs",
     "probe",
+    "sendable",
     "targets_of",
 ]
 
@@ -174,6 +177,22 @@ def probe(
             f"the module cannot process rows of shape {row_shape} and type {dtype}: "
             f"{type(error).__name__}: {error}{hint}"
         ) from error
+
+
+def sendable(model: nn.Module) -> tuple[bytes, nn.Module]:
+    """Pickle a model for the workers, on the CPU, and return also what they will unpickle.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be pickled; names the attribute.
+    """
+    payload = dumps(model, "module")
+    sent: nn.Module = pickle.loads(payload)  # noqa: S301 - pickled above
+    tensors = (*sent.parameters(), *sent.buffers())
+    if any(tensor.device.type != "cpu" for tensor in tensors):  # which workers may lack
+        payload = dumps(sent.cpu(), "module")
+    return payload, sent
 
 
 def targets_of(y: np.ndarray[Any, Any] | Tensor, floating: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.metric import CompositionalMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
@@ -15,7 +15,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from dask_nn.errors import ConfigurationError, DataError
 from dask_nn.metrics.merge import MetricPartial, compute, partial_of
 
-__all__ = ["BufferedMetrics", "MetricStream"]
+__all__ = ["BufferedMetrics", "MetricStream", "classifies"]
 
 _BUFFER_BYTES: Final = 64 * 2**20
 
@@ -50,7 +50,7 @@ class MetricStream:
     def __init__(self, name: str, metric: Metric) -> None:
         self._name = name
         self._metric = copy.deepcopy(metric)
-        self._classifies = any(map(_is_classification, metric.modules()))
+        self._classifies = classifies(metric)
         self._activation = _activation(name, metric)
         self.reset()
 
@@ -219,6 +219,11 @@ class BufferedMetrics:
         self._room = 0
 
 
+def classifies(metric: Metric) -> bool:
+    """Whether a metric, or one inside it, compares outputs with labels."""
+    return any(_in_classification(p) for part in metric.modules() for p in type(part).__mro__)
+
+
 def _activation(name: str, metric: Metric) -> str:
     """Find how a metric turns logits into probabilities: "sigmoid", "softmax" or "" if never."""
     found = {
@@ -232,10 +237,6 @@ def _activation(name: str, metric: Metric) -> str:
             "pass them one by one"
         )
     return found.pop() if found else ""
-
-
-def _is_classification(part: nn.Module) -> bool:
-    return any(_in_classification(parent) for parent in type(part).__mro__)
 
 
 def _in_classification(parent: type) -> bool:

@@ -1,0 +1,278 @@
+"""Exact metrics of a network, computed where the data lies."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import dask.array as da
+import numpy as np
+from dask.delayed import delayed
+from torch import Tensor, nn
+
+from dask_nn.errors import ConfigurationError, DataError, ModelError
+from dask_nn.metrics.block import block_partials, check_loss, check_metrics
+from dask_nn.metrics.forward import (
+    check_batch_size,
+    floating_dtype,
+    one_thread_per_task,
+    probe,
+    sendable,
+    targets_of,
+)
+from dask_nn.metrics.merge import Partial, compute, merge_named
+from dask_nn.metrics.names import Metrics, infer_task, resolve
+from dask_nn.metrics.objective import Objective
+from dask_nn.metrics.row_blocks import as_array, one_chunk_per_row_block, per_block, shipped
+from dask_nn.metrics.streams import classifies
+from dask_nn.pickling import dumps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from distributed import Client
+    from torchmetrics import Metric
+
+__all__ = ["evaluate"]
+
+# Partials merged by one task; a power of two keeps the tree, and so the bits, the same.
+SPLIT_EVERY: Final = 8
+
+
+def evaluate(
+    model: nn.Module,
+    X: Any,
+    y: Any,
+    *,
+    metrics: Metrics = ("accuracy",),
+    loss: Callable[..., Tensor] | None = None,
+    sample_weight: Any = None,
+    batch_size: int = 1024,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    client: Client | None = None,
+) -> dict[str, float]:
+    """Compute metrics, and a loss, over all rows.
+
+    The values are those over the whole array, whatever its chunks: every task returns partial
+    states of its block, and a tree of tasks merges them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Used in evaluation mode, and left as it is. Each worker receives it once.
+    X : dask.array.Array or array_like
+        Shape (num_rows, ...). A Dask array is evaluated on the cluster, block by block; anything
+        else in this process.
+    y : dask.array.Array or array_like
+        Shape (num_rows, ...), chunked in any way.
+    metrics : str, Metric, sequence of them, or mapping of str to them
+        Names, such as ``"accuracy"``, or torchmetrics objects.
+    loss : callable, optional
+        ``loss(outputs, targets)`` returning a scalar; its mean over all rows is ``"loss"``.
+    sample_weight : dask.array.Array or array_like, optional
+        Shape (num_rows,). They weigh the loss, not the metrics.
+    batch_size : int
+        Most rows that go through the model at a time.
+    transform : callable, optional
+        Picklable; applied to the tensor of a batch of X.
+    client : distributed.Client, optional
+        Default: the current client or, without one, Dask's scheduler in this process.
+
+    Returns
+    -------
+    dict of str to float
+        ``"loss"`` if wanted, then the metrics in the order given.
+
+    Raises
+    ------
+    ConfigurationError
+        For a bad option, or a metric that is unknown or cannot be merged exactly.
+    DataError
+        If inputs are empty, differ in length or hold no numbers, or labels lie outside the
+        outputs.
+    ModelError
+        If the model cannot be pickled or cannot process rows of X.
+    """
+    check_batch_size(batch_size)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if sample_weight is not None and loss is None:
+        raise ConfigurationError("sample_weight weighs the loss, but there is none; pass loss=")
+    objective = None if loss is None else Objective(loss, weighted=sample_weight is not None)
+    given = {"X": X, "y": y} | ({} if sample_weight is None else {"sample_weight": sample_weight})
+    arrays = {name: as_array(name, value) for name, value in given.items()}
+    _check_lengths(arrays)
+    with client.as_current() if client is not None else nullcontext():
+        if isinstance(arrays["X"], da.Array):
+            return _on_cluster(model, _aligned(arrays), metrics, objective, batch_size, transform)
+        rows = [np.asarray(array) for array in arrays.values()]
+        _check_lengths(dict(zip(arrays, rows, strict=True)))
+        criteria = _criteria(model, arrays["X"], rows[1], metrics, objective, transform)
+        criteria.check_labels(rows[1])
+        partials = block_partials(
+            model,
+            *rows,
+            metrics=criteria.metrics,
+            loss=objective,
+            batch_size=batch_size,
+            transform=transform,
+        )
+    return compute(criteria.metrics, partials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Criteria:
+    """What is computed, and which labels there may be.
+
+    Parameters
+    ----------
+    metrics : mapping of str to Metric
+        Resolved.
+    loss : Objective or None
+        The loss.
+    num_classes : int or None
+        Labels are below it; None where targets are no labels.
+    ignore_index : int or None
+        A label beside the classes.
+    """
+
+    metrics: Mapping[str, Metric]
+    loss: Objective | None
+    num_classes: int | None
+    ignore_index: int | None
+
+    def check_labels(self, y: np.ndarray[Any, Any]) -> None:
+        """Raise a DataError if a label lies outside the outputs."""
+        if self.num_classes is None or not y.size:
+            return
+        kept = y if self.ignore_index is None else y[y != self.ignore_index]
+        if kept.size and not 0 <= kept.min() <= kept.max() < self.num_classes:
+            raise DataError(
+                f"y has labels from {kept.min()} to {kept.max()}, but the outputs of the module "
+                f"are for labels from 0 to {self.num_classes - 1}; relabel y, or give the module "
+                "more outputs"
+            )
+
+
+def _criteria(
+    model: nn.Module,
+    X: Any,
+    y: Any,
+    metrics: Metrics,
+    objective: Objective | None,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> _Criteria:
+    """Choose the metrics from two rows of zeros, on which everything is tried."""
+    output = probe(model, tuple(map(int, X.shape[1:])), X.dtype, transform=transform)
+    zeros = np.zeros((len(output), *map(int, y.shape[1:])), dtype=y.dtype)
+    target = targets_of(zeros, floating_dtype(model))
+    num_outputs = int(output.shape[1]) if output.dim() > 1 else 1
+    ignore_index = None if objective is None else objective.ignore_index
+    task = infer_task(
+        num_outputs,
+        output_ndim=output.dim(),
+        target_ndim=target.dim(),
+        over_classes=ignore_index is not None,
+    )
+    resolved = resolve(metrics, num_outputs=num_outputs, task=task, ignore_index=ignore_index)
+    if objective is not None:
+        check_loss(objective, output, target)
+    check_metrics(resolved, output, target)
+    are_labels = ignore_index is not None or any(map(classifies, resolved.values()))
+    num_classes = num_outputs if task == "multiclass" or ignore_index is not None else 2
+    return _Criteria(
+        metrics=resolved,
+        loss=objective,
+        num_classes=num_classes if are_labels and y.dtype.kind in "iu" else None,
+        ignore_index=ignore_index,
+    )
+
+
+def _on_cluster(
+    model: nn.Module,
+    arrays: Sequence[da.Array],
+    metrics: Metrics,
+    objective: Objective | None,
+    batch_size: int,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> dict[str, float]:
+    payload, sent = sendable(model)
+    objects = [payload, dumps(transform, "transform")]
+    if objective is not None:
+        dumps(objective.loss, "loss")  # to name the attribute as the user knows it
+    criteria = _criteria(sent, arrays[0], arrays[1], metrics, objective, transform)
+    objects.append(dumps(criteria, "metrics"))
+    blocks = per_block(
+        partial(_evaluate_block, batch_size=int(batch_size)),
+        *arrays,
+        objects=shipped(*objects),
+        row_shape=(),
+        meta=np.empty(0, dtype=object),
+        name="dask-nn-evaluate",
+    )
+    parts = list(blocks.to_delayed().ravel())
+    merge_parts = delayed(merge_named, pure=True)
+    while len(parts) > 1:
+        groups = range(0, len(parts), SPLIT_EVERY)
+        parts = [merge_parts(parts[start : start + SPLIT_EVERY]) for start in groups]
+    return compute(criteria.metrics, parts[0].compute())
+
+
+def _evaluate_block(*rows_and_objects: Any, batch_size: int) -> dict[str, Partial]:
+    *rows, (model, transform, criteria) = rows_and_objects
+    criteria.check_labels(rows[1])
+    with one_thread_per_task():
+        return block_partials(
+            model,
+            *rows,
+            metrics=criteria.metrics,
+            loss=criteria.loss,
+            batch_size=batch_size,
+            transform=transform,
+        )
+
+
+def _aligned(arrays: Mapping[str, Any]) -> list[da.Array]:
+    """Give all inputs the row chunks of X, and one chunk along other axes."""
+    resolved = {name: _with_lengths(name, array) for name, array in arrays.items()}
+    _check_lengths(resolved)
+    row_chunks = resolved["X"].chunks[0]
+    aligned = []
+    for name, array in resolved.items():
+        if not isinstance(array, da.Array):
+            whole = [(length,) for length in array.shape[1:]]
+            aligned.append(da.from_array(array, chunks=(row_chunks, *whole)))
+            continue
+        joined = one_chunk_per_row_block(name, array)
+        same = joined.chunks[0] == row_chunks
+        aligned.append(joined if same else joined.rechunk({0: row_chunks}))
+    return aligned
+
+
+def _with_lengths(name: str, array: Any) -> Any:
+    """Find the unknown chunk sizes of a copy of a Dask array, which costs computing it once."""
+    if not isinstance(array, da.Array) or not any(np.isnan(length) for length in array.shape):
+        return array
+    copied = da.Array(array.dask, array.name, array.chunks, meta=array)
+    try:
+        return copied.compute_chunk_sizes()
+    except Exception as error:
+        raise DataError(
+            f"the chunk sizes of {name} are unknown and cannot be computed: {error}"
+        ) from error
+
+
+def _check_lengths(arrays: Mapping[str, Any]) -> None:
+    """Check that all inputs have as many rows as X, as far as their lengths are known."""
+    weight = arrays.get("sample_weight")
+    if weight is not None and weight.ndim != 1:
+        raise DataError(f"sample_weight must have shape (num_rows,), got shape {weight.shape}")
+    lengths = {name: array.shape[0] for name, array in arrays.items()}
+    known = {name: int(length) for name, length in lengths.items() if not np.isnan(length)}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in known.items())
+        raise DataError(f"inputs must have the same number of rows, but {listed}")
+    if 0 in known.values():
+        raise DataError("there is nothing to evaluate: X and y have 0 rows")
