@@ -126,7 +126,7 @@ def open_window(
     dtypes: tuple[torch.dtype, ...],
 ) -> tuple[torch.Tensor, ...]:
     """Lay a window's pieces end to end and take its rows in order; shape (window.length, ...)."""
-    from dask_nn.data.batches import load_window
+    from dask_nn.data.batches import load_window, new_rows
     from dask_nn.data.reader import MemoryReader
 
     numbered = Window(
@@ -135,7 +135,8 @@ def open_window(
         tuple(piece._replace(block=place) for place, piece in enumerate(window.pieces)),
     )
     reader = MemoryReader([tuple(block) for block in blocks])
-    rows = load_window(numbered, reader, fields, dtypes)
+    rows = new_rows(window.length, fields, dtypes)
+    load_window(numbered, reader, rows)
     chosen = torch.from_numpy(order)
     return tuple(torch.index_select(tensor, 0, chosen) for tensor in rows)
 

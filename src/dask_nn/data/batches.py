@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,19 +18,21 @@ if TYPE_CHECKING:
     from dask_nn.data.plan import Plan, Window
     from dask_nn.data.reader import BlockReader
 
-__all__ = ["Batch", "ShardBatches", "batch_dtypes", "load_window"]
+__all__ = ["Batch", "ShardBatches", "batch_dtypes", "load_window", "new_rows"]
 
 type Batch = tuple[torch.Tensor, ...]
 
 
-class LoadedWindow(NamedTuple):
-    """A window's rows, laid end to end, and the order in which to take them.
+@dataclass(slots=True)
+class LoadedWindow:
+    """A window's rows, laid end to end, the order in which to take them, and how far it is used.
 
-    Its first positions may already be used up when a run resumes inside it.
+    Its first positions are already used up when a run resumes inside it.
     """
 
     rows: tuple[torch.Tensor, ...]
     order: torch.Tensor
+    length: int
     position: int
 
 
@@ -52,20 +55,30 @@ def batch_dtypes(fields: Sequence[Field], floating: torch.dtype) -> tuple[torch.
     return tuple(found)
 
 
-def load_window(
-    window: Window,
-    reader: BlockReader,
-    fields: Sequence[Field],
-    dtypes: Sequence[torch.dtype],
+def new_rows(
+    length: int, fields: Sequence[Field], dtypes: Sequence[torch.dtype]
 ) -> tuple[torch.Tensor, ...]:
-    """Copy a window's pieces into one tensor for each field, shape (window.length, ...).
-
-    The blocks themselves are not kept, so that a worker may spill or release them.
-    """
-    rows = tuple(
-        torch.empty((window.length, *field.shape), dtype=dtype)
+    """Make one tensor for each field, shape (length, ...)."""
+    return tuple(
+        torch.empty((length, *field.shape), dtype=dtype)
         for field, dtype in zip(fields, dtypes, strict=True)
     )
+
+
+def load_window(window: Window, reader: BlockReader, rows: tuple[torch.Tensor, ...]) -> None:
+    """Copy a window's pieces, end to end, into one tensor for each field.
+
+    The blocks themselves are not kept, so that a worker may spill or release them.
+
+    Parameters
+    ----------
+    window : Window
+        Which pieces.
+    reader : BlockReader
+        Where they are.
+    rows : tuple of Tensor
+        Shape (at least window.length, ...).
+    """
     targets = [tensor.numpy() for tensor in rows]
     start = 0
     for piece in window.pieces:
@@ -74,7 +87,6 @@ def load_window(
         for target, array in zip(targets, block, strict=True):
             np.copyto(target[start:stop], array[piece.start : piece.stop], casting="unsafe")
         start = stop
-    return rows
 
 
 class ShardBatches:
@@ -121,6 +133,8 @@ class ShardBatches:
         self._dtypes = dtypes
         self._check = check
         self._open: dict[int, LoadedWindow] = {}
+        # Buffers are used again: new memory costs a page fault for each of its pages.
+        self._free: list[tuple[torch.Tensor, ...]] = []
         self._prefetcher = Prefetcher(self._loads(), lanes=shards)
 
     def start(self) -> None:
@@ -135,25 +149,20 @@ class ShardBatches:
     def next(self, shard: int, count: int) -> Batch:
         """Give the next ``count`` rows of a shard, one new contiguous tensor for each field."""
         window = self._open.get(shard)
-        if window is not None and window.position + count <= len(window.order):
-            return self._gather(shard, window, count)
+        if window is not None and window.position + count <= window.length:
+            return _gather(window, count)
         parts = []
         while count:
-            if window is None or window.position == len(window.order):
-                window = self._prefetcher.take(shard, check=self._check)
-            taken = min(count, len(window.order) - window.position)
-            parts.append(self._gather(shard, window, taken))
-            window = self._open[shard]
+            if window is None or window.position == window.length:
+                if window is not None:
+                    self._free.append(window.rows)
+                window = self._open[shard] = self._prefetcher.take(shard, check=self._check)
+            taken = min(count, window.length - window.position)
+            parts.append(_gather(window, taken))
             count -= taken
         if len(parts) == 1:
             return parts[0]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-
-    def _gather(self, shard: int, window: LoadedWindow, count: int) -> Batch:
-        stop = window.position + count
-        chosen = window.order[window.position : stop]
-        self._open[shard] = LoadedWindow(window.rows, window.order, stop)
-        return tuple([torch.index_select(rows, 0, chosen) for rows in window.rows])
 
     def _loads(self) -> Iterator[tuple[int, Callable[[], LoadedWindow]]]:
         for epoch in self._epochs:
@@ -171,6 +180,23 @@ class ShardBatches:
 
     def _load(self, plan: Plan, shard: int, j: int, first_position: int) -> LoadedWindow:
         window = plan.windows(shard)[j]
-        rows = load_window(window, self._reader, self._fields, self._dtypes)
+        rows = self._rows_for(plan, window.length)
+        load_window(window, self._reader, rows)
         order = torch.from_numpy(plan.window_order(shard, j))
-        return LoadedWindow(rows, order, max(0, first_position - window.start))
+        return LoadedWindow(rows, order, window.length, max(0, first_position - window.start))
+
+    def _rows_for(self, plan: Plan, length: int) -> tuple[torch.Tensor, ...]:
+        """Take a free buffer, or make one that fits every window of the plan's kind."""
+        for index, rows in enumerate(self._free):
+            if len(rows[0]) >= length:
+                return self._free.pop(index)
+        longest = sum(sorted(plan.block_lengths)[-plan.window :])
+        return new_rows(min(longest, plan.num_samples), self._fields, self._dtypes)
+
+
+def _gather(window: LoadedWindow, count: int) -> Batch:
+    """Take the next rows of a window."""
+    stop = window.position + count
+    chosen = window.order[window.position : stop]
+    window.position = stop
+    return tuple([rows.index_select(0, chosen) for rows in window.rows])

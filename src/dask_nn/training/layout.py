@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,13 +22,15 @@ class LeafViews(NamedTuple):
     """The parts of one leaf, as views of it.
 
     ``gradients`` have the shapes of the trained parameters, ``buffers`` those of the averaged
-    module buffers, and ``tail`` holds loss sum, normaliser, stop votes and the marks.
+    module buffers, and ``tail`` holds loss sum, normaliser, stop votes and the marks; ``scalars``
+    is the tail as a NumPy array where the leaf is in the host's memory, much faster to access.
     """
 
     flat: torch.Tensor
     gradients: list[torch.Tensor]
     buffers: list[torch.Tensor]
     tail: torch.Tensor
+    scalars: np.ndarray[Any, Any] | None
 
 
 class LeafLayout:
@@ -65,11 +68,13 @@ class LeafLayout:
 
     def views(self, flat: torch.Tensor) -> LeafViews:
         """Give the parts of a leaf, shape (size,)."""
+        tail = flat[self._tail_at : self._tail_at + self.tail_size]
         return LeafViews(
             flat,
             [flat[at : at + prod(shape)].view(shape) for at, shape in self._gradient_at],
             [flat[at : at + prod(shape)].view(shape) for at, shape in self._buffer_at],
-            flat[self._tail_at : self._tail_at + self.tail_size],
+            tail,
+            tail.numpy() if tail.device.type == "cpu" else None,
         )
 
     @property

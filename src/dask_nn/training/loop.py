@@ -129,6 +129,8 @@ class TrainingLoop:
         }
         self._plan = spec.plan(state.epoch)
         self._step_count = 0
+        self._full_steps = 0
+        self._shard_batch_size = self._plan.shard_batch_size
         self._next_batch: Batch | None = None
         self._epoch_start = state.weights()
         self.history: list[dict[str, float]] = []
@@ -171,6 +173,8 @@ class TrainingLoop:
         """Run one epoch from the state's step; return False if somebody voted to stop."""
         spec, state, comm, update = self._spec, self._state, self._comm, self._update
         plan = self._plan = spec.plan(state.epoch)
+        # Up to here every shard has a full batch, which needs no looking up.
+        self._full_steps = plan.num_samples // spec.shards // plan.shard_batch_size
         whole = state.step == 0
         loss_sum = normalizer = 0.0
         samples = 0
@@ -178,7 +182,8 @@ class TrainingLoop:
         reports = self._on_progress is not None
         stop = False
         while state.step < plan.num_steps:
-            step_count = self._step_count = plan.step_count(state.step)
+            full = state.step < self._full_steps
+            step_count = self._step_count = spec.batch_size if full else plan.step_count(state.step)
             self._fold.run(comm.slots(), self._compute_leaf)
             comm.publish()
             self._prepare_next_batch()
@@ -217,7 +222,7 @@ class TrainingLoop:
     def _compute_leaf(self, shard: int, views: LeafViews) -> None:
         """Write the leaf of one of this rank's shards for the step at hand."""
         state = self._state
-        count = self._plan.count(state.step, shard)
+        count = self._count(state.step, shard)
         batch, self._next_batch = self._next_batch, None
         if batch is None:
             batch = self._batches.next(shard, count) if count else ()
@@ -237,8 +242,14 @@ class TrainingLoop:
     def _prepare_next_batch(self) -> None:
         """Gather the first shard's next batch while the peers finish their step."""
         step = self._state.step + 1
-        if step < self._plan.num_steps and (count := self._plan.count(step, self._own.start)):
+        if step < self._plan.num_steps and (count := self._count(step, self._own.start)):
             self._next_batch = self._batches.next(self._own.start, count)
+
+    def _count(self, step: int, shard: int) -> int:
+        """Give the rows of a shard in a step of this epoch."""
+        if step < self._full_steps:
+            return self._shard_batch_size
+        return self._plan.count(step, shard)
 
     def _report(self, loss_sum: float, normalizer: float, samples_per_s: float) -> None:
         shown: dict[str, float] = {}

@@ -36,6 +36,7 @@ class ShardRandomness:
         self._seed = seed
         self._shared = shared
         self._draws = True
+        self._cuda = torch.cuda.is_initialized()
 
     def run[T](self, compute: Callable[[], T], step: int, shard: int) -> T:
         """Call ``compute`` with the generator seeded for a step and shard.
@@ -62,7 +63,7 @@ class ShardRandomness:
     def _reseed(self, step: int, shard: int) -> None:
         seed = key64(self._seed, step, shard) & SEED_BITS
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
+        if self._cuda:
             torch.cuda.manual_seed(seed)
 
 

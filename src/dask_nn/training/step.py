@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dask_nn.errors import ModelError
-from dask_nn.training.layout import FIRST_MARK, LOSS, NORMALIZER, STOP, LeafLayout, LeafViews
+from dask_nn.training.layout import FIRST_MARK, LeafLayout, LeafViews
 
 if TYPE_CHECKING:
     from dask_nn.data.batches import Batch
@@ -162,37 +162,30 @@ class ShardStep:
         normalizer: float,
         count: int,
     ) -> None:
-        tail = views.tail
-        if any(gradient is None for gradient in gradients):
-            marks = []
+        used = [gradient is not None for gradient in gradients]
+        if all(used) and not any(gradient.is_sparse for gradient in gradients):  # type: ignore[union-attr]
+            torch._foreach_copy_(views.gradients, gradients)
+        else:
             for view, gradient in zip(views.gradients, gradients, strict=True):
-                marks.append(0.0 if gradient is None else 1.0)
                 if gradient is None:
                     view.zero_()
                 else:
                     view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-            tail[FIRST_MARK:] = torch.tensor(marks, dtype=tail.dtype, device=tail.device)
-        elif any(gradient.is_sparse for gradient in gradients):  # type: ignore[union-attr]
-            for view, gradient in zip(views.gradients, gradients, strict=True):
-                view.copy_(gradient.to_dense())  # type: ignore[union-attr]
-            tail[FIRST_MARK:] = 1.0
+        if views.scalars is not None:
+            views.scalars[:FIRST_MARK] = (total, normalizer, 0.0)
+            views.scalars[FIRST_MARK:] = used
         else:
-            torch._foreach_copy_(views.gradients, gradients)
-            tail[FIRST_MARK:] = 1.0
-        if tail.device.type == "cpu":
-            scalars = tail.numpy()
-            scalars[LOSS] = total
-            scalars[NORMALIZER] = normalizer
-            scalars[STOP] = 0.0
-        else:
-            tail[:FIRST_MARK] = torch.tensor([total, normalizer, 0.0], device=tail.device)
+            scalars = [total, normalizer, 0.0, *map(float, used)]
+            views.tail.copy_(torch.tensor(scalars, dtype=views.tail.dtype))
+        if self._base:
+            self._write_buffer_changes(views, count)
+
+    def _write_buffer_changes(self, views: LeafViews, count: int) -> None:
         with torch.no_grad():
             for view, buffer, base in zip(
                 views.buffers, self._layout.buffers, self._base, strict=True
             ):
-                torch.sub(buffer, base, out=view) if view.dtype == buffer.dtype else view.copy_(
-                    buffer - base
-                )
+                view.copy_(buffer - base)
                 view.mul_(count)
 
     def _scale(self, scale: float, loss: torch.Tensor) -> torch.Tensor:

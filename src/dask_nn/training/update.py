@@ -72,11 +72,8 @@ class Update:
         self._clip = clip_grad_norm
         self._gradients = views.flat[: layout.num_gradient_elements]
         self._all_used = False
-        # The tail is read in each step: through NumPy where that is possible, it is twice as fast.
-        tail = views.tail
-        self._read: Callable[[], list[float]] = (
-            tail.numpy().tolist if tail.device.type == "cpu" else tail.tolist
-        )
+        tail = views.tail if views.scalars is None else views.scalars
+        self._read: Callable[[], list[float]] = tail.tolist
 
     def read(self) -> StepTotal:
         """Read the scalars of the total, and which parameters it reaches."""
