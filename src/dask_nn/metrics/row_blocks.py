@@ -60,21 +60,23 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
     return array.rechunk(split) if split else array
 
 
-def shipped(*parts: bytes) -> Delayed:
+def shipped(model: bytes, *parts: bytes) -> Delayed:
     """Make one graph node of pickled objects, which reach a worker once and are unpickled once.
 
     Parameters
     ----------
+    model : bytes
+        A pickled module.
     *parts : bytes
-        Pickled objects. Equal bytes give the same key.
+        More pickled objects. Equal bytes give the same key.
 
     Returns
     -------
     Delayed
-        Of the list of objects.
+        Of the list of objects; the module is in evaluation mode.
     """
-    name = f"dask-nn-objects-{tokenize(*parts)}"
-    node: Delayed = delayed(_unpickle, pure=True)(parts, dask_key_name=name)
+    name = f"dask-nn-objects-{tokenize(model, *parts)}"
+    node: Delayed = delayed(_unpickle, pure=True)((model, *parts), dask_key_name=name)
     return node
 
 
@@ -145,4 +147,6 @@ def _only(block: Any) -> Any:
 
 
 def _unpickle(parts: tuple[bytes, ...]) -> list[Any]:
-    return [pickle.loads(part) for part in parts]  # noqa: S301 - the client's own objects
+    model, *others = (pickle.loads(part) for part in parts)  # noqa: S301 - the client's own
+    # Tasks of several threads share it: none may find it in training mode and switch it back.
+    return [model.eval(), *others]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+from torch import nn
+
+from dask_nn.errors import DataError
+from dask_nn.metrics.row_blocks import as_array, one_chunk_per_row_block, per_block, shipped
+
+MODEL = pickle.dumps(nn.Dropout())
+
+
+def total(block: Any, other: Any, objects: list[Any]) -> Any:
+    assert other is None
+    return block.sum(axis=(1, 2))[:, None] + np.array(objects[1])
+
+
+def test_tasks_share_a_model_that_no_thread_has_to_switch_to_evaluation() -> None:
+    model, three = shipped(MODEL, pickle.dumps(3)).compute(scheduler="sync")
+    assert isinstance(model, nn.Dropout)
+    assert not model.training
+    assert three == 3
+
+
+def test_equal_objects_are_one_node() -> None:
+    assert shipped(MODEL).key == shipped(MODEL).key
+    assert shipped(MODEL).key != shipped(MODEL, b"more").key
+
+
+def test_a_function_sees_whole_rows_and_the_objects() -> None:
+    X = np.arange(24.0).reshape(4, 3, 2)
+    lazy = one_chunk_per_row_block("X", da.from_array(X, chunks=(3, 2, 1)))
+    found = per_block(
+        total,
+        lazy,
+        None,
+        objects=shipped(MODEL, pickle.dumps([1.0, 2.0])),
+        row_shape=(2,),
+        meta=np.empty((0, 2)),
+        name="total",
+    )
+    assert found.chunks == ((3, 1), (2,))
+    expected = X.sum(axis=(1, 2))[:, None] + [1.0, 2.0]
+    np.testing.assert_array_equal(found.compute(scheduler="sync"), expected)
+
+
+def test_unknown_lengths_of_other_axes_are_refused() -> None:
+    X = da.ones((4, 6), chunks=2)
+    with pytest.raises(DataError, match="axis 1 of X is unknown"):
+        one_chunk_per_row_block("X", X[:, X[0] > 0])
+
+
+def test_ragged_lists_are_refused() -> None:
+    with pytest.raises(DataError, match="y cannot be read"):
+        as_array("y", [[1], [1, 2]])
