@@ -29,11 +29,11 @@ from dask_nn.errors import ConfigurationError
 from dask_nn.metrics.merge import (
     LossPartial,
     MetricPartial,
-    check_mergeable,
     compute,
     merge,
     merge_named,
 )
+from dask_nn.metrics.states import check_mergeable
 from dask_nn.metrics.streams import MetricStream
 
 CUTS = (0, 7, 8, 8, 30, 61, 100)

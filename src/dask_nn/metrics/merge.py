@@ -1,62 +1,31 @@
-"""Partial values of metrics and losses, and their merging in one fixed order.
-
-The states of a torchmetrics object are combined by the reductions that it declares for
-distributed training, as ``Metric.merge_state`` does. That method itself is not called, unless
-overridden: it refuses metrics that leave ``full_state_update`` unset, stacks states in the shape
-of the tree, and weighs means by the wrong count.
-"""
+"""Partial values of metrics and losses, and their merging in one fixed order."""
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import (
-    dim_zero_cat,
-    dim_zero_max,
-    dim_zero_mean,
-    dim_zero_min,
-    dim_zero_sum,
-)
-from torchmetrics.wrappers import ClasswiseWrapper
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from dask_nn.errors import ConfigurationError
+from dask_nn.metrics.states import States, combine, loaded, states_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torchmetrics import Metric
 
 __all__ = [
     "LossPartial",
     "MetricPartial",
     "Partial",
-    "check_mergeable",
     "compute",
     "merge",
     "merge_named",
     "partial_of",
 ]
-
-_Reduction = Literal["sum", "max", "min", "extend", "gather", "own"]
-_REDUCTIONS: Final[dict[Any, _Reduction]] = {
-    dim_zero_sum: "sum",
-    dim_zero_max: "max",
-    dim_zero_min: "min",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """One state of a metric: a tensor, the tensors of the parts in order, or a whole metric."""
-
-    reduction: _Reduction
-    value: Any
 
 
 class Partial(ABC):
@@ -83,8 +52,8 @@ class MetricPartial(Partial):
     """
 
     num_updates: int
-    states: Mapping[str, _State]
-    as_given: Mapping[str, _State] | None = None
+    states: States
+    as_given: States | None = None
 
     def merged(self, right: Self) -> Self:
         """Merge with the partial of the samples that follow."""
@@ -95,11 +64,11 @@ class MetricPartial(Partial):
             return right
         as_given = None
         if self.as_given is not None and right.as_given is not None:
-            as_given = _merge_states(self.as_given, right.as_given)
+            as_given = combine(self.as_given, right.as_given)
         return replace(
             self,
             num_updates=self.num_updates + right.num_updates,
-            states=_merge_states(self.states, right.states),
+            states=combine(self.states, right.states),
             as_given=as_given,
         )
 
@@ -138,32 +107,6 @@ class LossPartial(Partial):
         return self.total / self.normalizer if self.normalizer else float("nan")
 
 
-def check_mergeable(name: str, metric: Metric) -> None:
-    """Check that parts of a metric merge to its value over all samples.
-
-    Raises
-    ------
-    ConfigurationError
-        If a state is declared with a mean over processes, or the metric wraps another one in a
-        way that cannot be merged.
-    """
-    if _merges_itself(metric):
-        return
-    for part in _parts(metric).values():
-        if isinstance(part, WrapperMetric) and not isinstance(part, ClasswiseWrapper):
-            raise ConfigurationError(
-                f"metric {name!r} ({type(part).__name__}) cannot be merged from parts of the "
-                "data; pass the metric that it wraps"
-            )
-        for attribute, reduction in _reductions(part).items():
-            if reduction == dim_zero_mean:
-                raise ConfigurationError(
-                    f"metric {name!r} ({type(part).__name__}) cannot be merged exactly: its "
-                    f"state {attribute!r} is a mean over processes, whatever their number of "
-                    "samples; use a metric that keeps sums (dist_reduce_fx='sum')"
-                )
-
-
 def partial_of(metric: Metric, as_given: Metric | None = None) -> MetricPartial:
     """Take the states of a metric.
 
@@ -181,8 +124,8 @@ def partial_of(metric: Metric, as_given: Metric | None = None) -> MetricPartial:
     """
     return MetricPartial(
         num_updates=metric.update_count,
-        states=_states_of(metric),
-        as_given=None if as_given is None else _states_of(as_given),
+        states=states_of(metric),
+        as_given=None if as_given is None else states_of(as_given),
     )
 
 
@@ -247,94 +190,12 @@ def compute(metrics: Mapping[str, Metric], partials: Mapping[str, Partial]) -> d
         if isinstance(partial, LossPartial):
             values[name] = partial.value
         elif isinstance(partial, MetricPartial) and partial.num_updates:
-            values.update(_flatten(name, _loaded(metrics[name], partial).compute()))
+            states = partial.states if partial.as_given is None else partial.as_given
+            metric = loaded(metrics[name], states, partial.num_updates)
+            values.update(_flatten(name, metric.compute()))
         else:
             values[name] = float("nan")
     return values
-
-
-def _parts(metric: Metric) -> dict[str, Metric]:
-    """Find the metric and the metrics inside it (an expression, a wrapper) by path."""
-    return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
-
-
-def _reductions(metric: Metric) -> dict[str, Any]:
-    """Return how each state is combined over processes; torchmetrics has no public way."""
-    return metric._reductions  # noqa: SLF001
-
-
-def _merges_itself(metric: Metric) -> bool:
-    return type(metric).merge_state is not Metric.merge_state
-
-
-def _states_of(metric: Metric) -> Mapping[str, _State]:
-    if _merges_itself(metric):
-        return {"": _State(reduction="own", value=copy.deepcopy(metric))}
-    return {
-        f"{path}:{attribute}": _state_of(getattr(part, attribute), reduction)
-        for path, part in _parts(metric).items()
-        for attribute, reduction in _reductions(part).items()
-    }
-
-
-def _state_of(value: Tensor | list[Tensor], reduction: Any) -> _State:
-    if isinstance(value, list):
-        tensors = [tensor.detach().cpu() for tensor in value]
-        if reduction is dim_zero_cat and len(tensors) > 1:
-            tensors = [dim_zero_cat(tensors)]
-        return _State(reduction="extend", value=tuple(tensors))
-    tensor = value.detach().cpu().clone()
-    if reduction in _REDUCTIONS:
-        return _State(reduction=_REDUCTIONS[reduction], value=tensor)
-    return _State(reduction="gather", value=(tensor,))
-
-
-def _merge_states(left: Mapping[str, _State], right: Mapping[str, _State]) -> Mapping[str, _State]:
-    return {path: _combine(state, right[path]) for path, state in left.items()}
-
-
-def _combine(left: _State, right: _State) -> _State:
-    reduction = left.reduction
-    if reduction == "max":
-        value = torch.maximum(left.value, right.value)
-    elif reduction == "min":
-        value = torch.minimum(left.value, right.value)
-    elif reduction == "own":
-        # torchmetrics puts what comes in before what is there.
-        value = copy.deepcopy(right.value)
-        value.merge_state(left.value)
-    else:  # a sum of tensors, or tuples one after the other
-        value = left.value + right.value
-    return _State(reduction=reduction, value=value)
-
-
-def _loaded(metric: Metric, partial: MetricPartial) -> Metric:
-    """Make a copy of a metric with the states of a partial."""
-    states = partial.states if partial.as_given is None else partial.as_given
-    if _merges_itself(metric):
-        own: Metric = copy.deepcopy(states[""].value)
-        own._computed = None  # noqa: SLF001 - a value of the unmerged parts
-        return own
-    loaded = copy.deepcopy(metric)
-    loaded.reset()
-    for path, part in _parts(loaded).items():
-        part._update_count = partial.num_updates  # noqa: SLF001 - else compute() warns
-        for attribute, reduction in _reductions(part).items():
-            setattr(part, attribute, _finished(states[f"{path}:{attribute}"], reduction))
-    return loaded
-
-
-def _finished(state: _State, reduction: Any) -> Any:
-    if state.reduction == "extend":
-        return list(state.value)
-    if state.reduction != "gather":
-        return state.value.clone()
-    if len(state.value) == 1:
-        return state.value[0].clone()
-    if reduction is dim_zero_cat:
-        return dim_zero_cat(list(state.value))
-    stacked = torch.stack(state.value)
-    return stacked if reduction is None else reduction(stacked)
 
 
 def _flatten(name: str, value: Any) -> Iterable[tuple[str, float]]:

@@ -29,7 +29,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from dask_nn.errors import ConfigurationError
-from dask_nn.metrics.merge import check_mergeable
+from dask_nn.metrics.states import check_mergeable
 
 __all__ = ["METRIC_NAMES", "Metrics", "Task", "infer_task", "resolve"]
 

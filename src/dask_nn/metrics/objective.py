@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dask_nn.errors import ConfigurationError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Objective"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +13,9 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 from dask_nn.errors import ConfigurationError, DataError
 from dask_nn.metrics.merge import MetricPartial, compute, partial_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["BufferedMetrics", "MetricStream", "classifies"]
 
