@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
@@ -19,6 +18,8 @@ from dask_nn.inference import predict
 from dask_nn.training.strategies import Synchronous
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     import torch
     from torch import nn
     from torchmetrics import Metric

@@ -6,7 +6,9 @@ defaults below.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import dask.config
 from dask.utils import parse_bytes, parse_timedelta
@@ -28,6 +30,13 @@ DEFAULTS = {
     "progress-interval": "200 ms",
     # Buffers above this size are reduced slice by slice, each rank owning one slice.
     "slice-above": "1 MiB",
+}
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "window": int,
+    "block-size": parse_bytes,
+    "slice-above": parse_bytes,
 }
 
 
@@ -70,9 +79,7 @@ def settings() -> Settings:
     values = {}
     for key, default in DEFAULTS.items():
         value = dask.config.get(f"dask-nn.{key}", default)
-        parse = {"window": int, "block-size": parse_bytes, "slice-above": parse_bytes}.get(
-            key, parse_timedelta
-        )
+        parse: Callable[[Any], Any] = _PARSERS.get(key, parse_timedelta)
         try:
             values[key] = parse(value)
         except (TypeError, ValueError, KeyError) as error:

@@ -12,11 +12,15 @@ from dask_nn.errors import Aborted, CollectiveTimeout
 if TYPE_CHECKING:
     import torch
 
+    from dask_nn.collectives.rendezvous import Rendezvous
+
 __all__ = ["CELL_BYTES", "Communicator"]
 
 # One rank's part of a byte message travels in cells of this size.
 CELL_BYTES = 64 * 1024
 LENGTH_BYTES = 8
+# How long the rendezvous may wait before the abort flag is looked at again.
+KEY_POLL_S = 0.1
 
 
 class Communicator(ABC):
@@ -142,6 +146,17 @@ class Communicator(ABC):
     def deadline(self) -> float:
         """Give the moment, by ``time.monotonic``, at which a wait that begins now must end."""
         return time.monotonic() + self.timeout_s
+
+    def await_key(self, rendezvous: Rendezvous, key: str) -> bytes:
+        """Wait for a key at the rendezvous, as long as a wait of this rank may last."""
+        deadline = self.deadline()
+        while True:
+            try:
+                return rendezvous.get(key, timeout_s=min(KEY_POLL_S, self.timeout_s))
+            except CollectiveTimeout:
+                self.check_abort()
+                if time.monotonic() > deadline:
+                    raise self.timed_out(f"a peer to announce {key!r}") from None
 
     def timed_out(self, peer: str) -> CollectiveTimeout:
         """Make the error for a peer that did not come."""

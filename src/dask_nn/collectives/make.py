@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.collectives.choose import NAMES
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import threading
+
     from dask_nn.collectives.base import Communicator
     from dask_nn.collectives.rendezvous import Rendezvous
 
@@ -75,15 +76,24 @@ def make_communicator(
                 slice_above_bytes=slice_above_bytes,
                 **options,
             )
-        case "gloo" | "nccl":
-            from dask_nn.collectives.process_group import ProcessGroupCommunicator
+        case "gloo":
+            from dask_nn.collectives.gloo import GlooCommunicator
 
-            return ProcessGroupCommunicator(
+            return GlooCommunicator(
                 rank,
                 world_size,
-                backend=name,
                 rendezvous=rendezvous,
                 host=host,
+                slice_above_bytes=slice_above_bytes,
+                **options,
+            )
+        case "nccl":
+            from dask_nn.collectives.nccl import NcclCommunicator
+
+            return NcclCommunicator(
+                rank,
+                world_size,
+                rendezvous=rendezvous,
                 slice_above_bytes=slice_above_bytes,
                 **options,
             )

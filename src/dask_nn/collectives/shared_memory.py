@@ -84,7 +84,7 @@ class SharedMemoryCommunicator(SlotCommunicator):
                 os.close(handle)
             self._rendezvous.set(KEY, path.encode())
             return memory
-        path = self._rendezvous.get(KEY, timeout_s=self.timeout_s).decode()
+        path = self.await_key(self._rendezvous, KEY).decode()
         with Path(path).open("r+b") as file:
             return mmap.mmap(file.fileno(), size_bytes)
 

@@ -9,7 +9,6 @@ that everybody reads after a second wait.
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from abc import abstractmethod
@@ -22,6 +21,7 @@ from dask_nn.collectives.tree import all_roots, fold_program
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
+    import mmap
     import threading
 
 __all__ = ["SlotCommunicator"]
@@ -148,6 +148,8 @@ class SlotCommunicator(Communicator):
         turn = self._exchanges
         self._wait_for_peers(FILLED, turn)
         fold = self._folds[(turn - 1) % self._copies]
+        if not fold:  # the only root of a gang of one is the total
+            self._total.copy_(self._slots[(turn - 1) % self._copies][0])
         for left, right, out in fold:
             torch.add(left, right, out=out)
         if self._result is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dask_nn.controller.placement import WorkerFacts
@@ -12,9 +11,11 @@ from dask_nn.controller.worker_side import describe
 from dask_nn.errors import ClusterError, IncompatibleWorkers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from distributed import Client
 
-__all__ = ["check_versions", "inspect_workers"]
+__all__ = ["check_versions", "inspect_workers", "scheduler_address"]
 
 LISTED = 5
 
@@ -32,7 +33,7 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     answers = client.run(describe, on_error="return")
     if not answers:
         message = (
-            f"the cluster at {client.scheduler.address} has no workers; scale it up, or wait for "
+            f"the cluster at {scheduler_address(client)} has no workers; scale it up, or wait for "
             "its workers with client.wait_for_workers(1)"
         )
         raise ClusterError(message)
@@ -49,6 +50,11 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     workers = [WorkerFacts(**answer) for answer in answers.values()]
     check_versions(workers, client_versions())
     return workers
+
+
+def scheduler_address(client: Client) -> str:
+    """Give the address of the scheduler that a client is connected to."""
+    return str(client.scheduler.address) if client.scheduler is not None else "?"
 
 
 def client_versions() -> dict[str, str]:

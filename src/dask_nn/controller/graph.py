@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dask
-import numpy as np
 import torch
 from distributed import Future
 
 from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
+from dask_nn.controller.cluster import scheduler_address
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.errors import IncompatibleWorkers, RankFailed
 from dask_nn.events import Progress
@@ -29,6 +29,7 @@ from dask_nn.training.layout import LeafLayout
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
+    import numpy as np
     from distributed import Client
 
     from dask_nn.controller.placement import Seating
@@ -150,7 +151,7 @@ class _GraphRun:
         kept = snapshot if finite else good
         return RankOutcome(
             rank=0,
-            address=self._client.scheduler.address,
+            address=scheduler_address(self._client),
             status=status,  # type: ignore[arg-type]
             steps=snapshot.steps,
             epoch=snapshot.epoch,
@@ -168,8 +169,8 @@ class _GraphRun:
             self._client.run(tasks.forget_benches, self._run_id, on_error="ignore")
 
     def _run_epoch(
-        self, epoch: int, state: Future
-    ) -> tuple[Future, Snapshot, dict[str, float] | None]:
+        self, epoch: int, state: Future[Any]
+    ) -> tuple[Future[Any], Snapshot, dict[str, float] | None]:
         plan = self._spec.plan(epoch)
         windows = _Windows(self._client, plan, self._keys, self._spec.fields, self._dtypes)
         started = time.perf_counter()
@@ -213,8 +214,8 @@ class _GraphRun:
         return state, self._wait(state), record
 
     def _submit_group(
-        self, plan: Plan, epoch: int, steps: range, state: Future, windows: _Windows
-    ) -> tuple[Future, list[Future]]:
+        self, plan: Plan, epoch: int, steps: range, state: Future[Any], windows: _Windows
+    ) -> tuple[Future[Any], list[Future[Any]]]:
         """Submit some steps; give the last state and, per shard, the metrics' partials."""
         current: Any = state
         leaves: list[list[Any]] = [[] for _ in range(plan.shards)]
@@ -269,13 +270,13 @@ class _GraphRun:
         function = dask.delayed(getattr(tasks, name), pure=False, traverse=True)
         return lambda *arguments: function(*arguments, dask_key_name=key)
 
-    def _metrics(self, partials: list[list[Future]]) -> dict[str, float]:
+    def _metrics(self, partials: list[list[Future[Any]]]) -> dict[str, float]:
         if not self._spec.metrics:
             return {}
         merged = merge_named([merge_named(self._client.gather(futures)) for futures in partials])
         return compute(self._spec.metrics, merged)
 
-    def _validate(self, state: Future) -> dict[str, float]:
+    def _validate(self, state: Future[Any]) -> dict[str, float]:
         if not self._validation_keys:
             return {}
         futures = [
@@ -292,7 +293,7 @@ class _GraphRun:
         merged = merge_named(self._client.gather(futures))
         return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
 
-    def _wait(self, future: Future) -> Any:
+    def _wait(self, future: Future[Any]) -> Any:
         """Give a future's value; Ctrl-C is noted, and a second one raised."""
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
@@ -322,14 +323,14 @@ class _Windows:
         self._keys = keys
         self._fields = fields
         self._dtypes = dtypes
-        self._futures: dict[tuple[int, int], Future] = {}
+        self._futures: dict[tuple[int, int], Future[Any]] = {}
 
-    def future(self, shard: int, j: int) -> Future:
+    def future(self, shard: int, j: int) -> Future[Any]:
         """Give the future of a window's rows, in the order in which they are taken."""
         if (shard, j) not in self._futures:
             window = self._plan.windows(shard)[j]
             order: np.ndarray[Any, Any] = self._plan.window_order(shard, j)
-            blocks = [
+            blocks: list[list[Future[Any]]] = [
                 [Future(key, self._client) for key in self._keys[piece.block]]
                 for piece in window.pieces
             ]

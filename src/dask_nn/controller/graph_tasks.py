@@ -7,7 +7,6 @@ import pickle
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,6 @@ from distributed import get_worker
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.data.plan import Window
 from dask_nn.errors import DaskNNError, RankFailed
-from dask_nn.metrics.merge import Partial
 from dask_nn.metrics.objective import Objective
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.canary import fingerprint
@@ -31,6 +29,9 @@ from dask_nn.training.update import StepTotal, Update, is_finite
 from dask_nn.training.validation import evaluate_block
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dask_nn.metrics.merge import Partial
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = [
@@ -59,7 +60,7 @@ class StepShard(NamedTuple):
 
     step: int
     shard: int
-    count: int
+    rows: int
     step_count: int
     segments: tuple[tuple[int, int], ...]
 
@@ -167,7 +168,7 @@ def shard_gradient(
             batch,
             step=part.step,
             shard=part.shard,
-            count=part.count,
+            count=part.rows,
             step_count=part.step_count,
         )
         return Leaf(flat, output if bench.spec.metrics else None)

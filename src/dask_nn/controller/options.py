@@ -62,8 +62,12 @@ class Options:
         _check_choice("device", self.device, DEVICES)
         _check_choice("shuffle", self.shuffle, tuple(SHUFFLES))
         _check_choice("lr_scheduler_every", self.lr_scheduler_every, EVERY)
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            message = f"clip_grad_norm must be positive or None, got {self.clip_grad_norm!r}"
+        clip = self.clip_grad_norm
+        if clip is not None and not (isinstance(clip, numbers.Real) and clip > 0):
+            message = f"clip_grad_norm must be a positive number or None, got {clip!r}"
+            raise ConfigurationError(message)
+        if not isinstance(self.callbacks, Sequence):
+            message = f"callbacks must be a sequence of Callback, got {self.callbacks!r}"
             raise ConfigurationError(message)
         if not isinstance(self.strategy, Synchronous):
             message = f"strategy must be a Synchronous(...), got {self.strategy!r}"
@@ -71,6 +75,10 @@ class Options:
         if self.engine == "graph" and self.device != "cpu":
             message = "engine='graph' computes on the CPU; use engine='spmd' with device='cuda'"
             raise ConfigurationError(message)
+        self._check_callables()
+        self._check_divisible()
+
+    def _check_callables(self) -> None:
         for name in ("loss", "optimizer"):
             if not callable(getattr(self, name)):
                 message = f"{name} must be callable, got {getattr(self, name)!r}"
@@ -79,6 +87,8 @@ class Options:
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 message = f"{name} must be callable or None, got {getattr(self, name)!r}"
                 raise ConfigurationError(message)
+
+    def _check_divisible(self) -> None:
         shards = self.strategy.shards
         if shards is not None and self.batch_size % shards:
             message = (

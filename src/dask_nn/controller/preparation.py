@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -88,12 +89,12 @@ def prepare(
 
     names = ("X", "y", "sample_weight") if weighted else ("X", "y")
     given = (X, y, sample_weight) if weighted else (X, y)
-    place = {"client": client, "block_size_bytes": settings.block_size_bytes}
-    blocks = align(dict(zip(names, given, strict=True)), **place)
+    put = partial(align, client=client, block_size_bytes=settings.block_size_bytes)
+    blocks = put(dict(zip(names, given, strict=True)))
     check_sizes(blocks.num_samples, batch_size=options.batch_size, shards=shards)
     validation_blocks = None
     if validation is not None:
-        validation_blocks = align(dict(zip(names, validation, strict=True)), **place)
+        validation_blocks = put(dict(zip(names, validation, strict=True)))
         _check_same_rows(blocks, validation_blocks)
 
     seating = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -14,6 +13,8 @@ from dask_nn.errors import WorkerLost
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
+    import threading
+
     from distributed import Client, Future
 
     from dask_nn.controller.placement import Seating
@@ -77,7 +78,7 @@ class RankGroup:
             )
             for rank, worker in enumerate(workers)
         ]
-        self._futures: list[Future] = []
+        self._futures: list[Future[Any]] = []
 
     def start(self, payload: RankPayload) -> None:
         """Send the payload to the gang's workers and start the rank tasks."""
@@ -102,7 +103,10 @@ class RankGroup:
 
     def outcomes(self) -> list[RankOutcome | None]:
         """Give the outcomes of the ranks that have ended, None for the others."""
-        return [self._outcome(seat, future) for seat, future in zip(self.seats, self._futures)]
+        return [
+            self._outcome(seat, future)
+            for seat, future in zip(self.seats, self._futures, strict=True)
+        ]
 
     def lost(self, removed: set[str]) -> WorkerLost | None:
         """Make the error for the first rank whose worker is among the removed ones."""
@@ -130,7 +134,7 @@ class RankGroup:
         known = self._client.scheduler_info(n_workers=-1)["workers"]
         return [seat.address for seat in self.seats if seat.address in known]
 
-    def _outcome(self, seat: Seat, future: Future) -> RankOutcome | None:
+    def _outcome(self, seat: Seat, future: Future[Any]) -> RankOutcome | None:
         if future.status == "pending":
             return None
         if future.status == "finished":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dask_nn.controller.graph import run_graph
@@ -17,6 +16,8 @@ from dask_nn.training.in_process import run_in_process
 from dask_nn.training.result import TrainingResult
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from distributed import Client
 
     from dask_nn.callbacks.base import Callback

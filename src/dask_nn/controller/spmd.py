@@ -7,19 +7,20 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.rank_group import RankGroup
-from dask_nn.controller.worker_side import RankPayload
 from dask_nn.errors import TrainingError
 from dask_nn.events import Event, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distributed import Client
 
     from dask_nn.controller.placement import Seating
+    from dask_nn.controller.worker_side import RankPayload
     from dask_nn.training.outcome import RankOutcome
 
 __all__ = ["Listener", "run_spmd"]

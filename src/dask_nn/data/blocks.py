@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+import dask
 import dask.array as da
 import numpy as np
 from dask.core import flatten
+from distributed import wait
+from distributed.client import futures_of
 
 from dask_nn.errors import DataError
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Blocks", "Field", "align"]
 
 NUMERIC_KINDS = "biuf"
+MAX_ITEM_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +90,9 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
     """Cut all inputs at the same rows and put them where ranks can read them.
 
     Dask arrays keep their row chunks (the first one given decides, the others are rechunked to
-    it) and are persisted unless they already are; other axes become one chunk. Arrays in this
-    process are cut into blocks and, with a client, scattered over the workers.
+    it) and are persisted together unless they already are; other axes become one chunk. Arrays in
+    this process are cut into blocks and, with a client, scattered over the workers. Returns once
+    every block is there.
 
     Parameters
     ----------
@@ -100,18 +106,22 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
     Raises
     ------
     DataError
-        If lengths differ or cannot be found, there are no rows, or a type is not numeric.
+        If lengths differ or cannot be found, there are no rows, a type is not numeric, sample
+        weights are not one number a row, or a block cannot be computed.
     """
     arrays = {name: _as_array(name, value) for name, value in inputs.items()}
     for name, array in arrays.items():
         _check_array(name, array)
     _check_lengths(arrays)
-    persisted = {
-        name: _persist(_one_chunk_per_row_block(array), client)
-        for name, array in arrays.items()
-        if isinstance(array, da.Array)
-    }
-    arrays |= {name: _resolve_lengths(name, array) for name, array in persisted.items()}
+    persisted = _persist(
+        {
+            name: _one_chunk_per_row_block(array)
+            for name, array in arrays.items()
+            if isinstance(array, da.Array)
+        },
+        client,
+    )
+    arrays |= {name: _resolve_lengths(name, array, client) for name, array in persisted.items()}
     num_samples = _check_lengths(arrays)
     if not num_samples:
         message = f"there is nothing to train on: {', '.join(arrays)} have 0 rows"
@@ -127,8 +137,8 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
         else tuple(map(int, arrays[reference].chunks[0]))
     )
     columns, futures = [], []
-    for array in arrays.values():
-        column, kept = _place(array, lengths, client)
+    for name, array in arrays.items():
+        column, kept = _place(name, array, lengths, client)
         columns.append(column)
         futures.append(kept)
     rows = tuple(zip(*columns, strict=True))
@@ -154,10 +164,16 @@ def _check_array(name: str, array: Any) -> None:
     if array.ndim == 0:
         message = f"{name} must have at least one axis, got a scalar of type {array.dtype}"
         raise DataError(message)
-    if array.dtype.kind not in NUMERIC_KINDS:
+    if array.dtype.kind not in NUMERIC_KINDS or array.dtype.itemsize > MAX_ITEM_BYTES:
         message = (
-            f"{name} has dtype {array.dtype}, expected numbers (integers, floats or booleans); "
-            "encode or cast it first"
+            f"{name} has dtype {array.dtype}, expected numbers (integers, floats or booleans) of at "
+            "most 64 bits; encode or cast it first"
+        )
+        raise DataError(message)
+    if name == "sample_weight" and array.ndim != 1:
+        message = (
+            f"sample_weight must have one number for each row, shape (num_samples,), got shape "
+            f"{array.shape}"
         )
         raise DataError(message)
 
@@ -184,14 +200,37 @@ def _one_chunk_per_row_block(array: da.Array) -> da.Array:
         raise DataError(message) from error
 
 
-def _persist(array: da.Array, client: Client | None) -> da.Array:
-    return array.persist() if client is None else client.persist(array)
+def _persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.Array]:
+    """Compute the blocks of some arrays, in one graph: what they have in common is done once."""
+    values = list(arrays.values())
+    if client is not None:
+        kept = dict(zip(arrays, client.persist(values), strict=True))
+        _wait(kept)
+        return kept
+    try:
+        return dict(zip(arrays, dask.persist(*values), strict=True))
+    except Exception as error:
+        message = f"{', '.join(arrays)} could not be computed: {error!r}"
+        raise DataError(message) from error
 
 
-def _resolve_lengths(name: str, array: da.Array) -> da.Array:
+def _wait(arrays: dict[str, da.Array]) -> None:
+    """Wait until every block lies on a worker: ranks look for blocks, they cannot compute them."""
+    futures = {name: futures_of(array) for name, array in arrays.items()}
+    wait([future for column in futures.values() for future in column])
+    for name, column in futures.items():
+        for future in column:
+            if future.status != "finished":
+                error = future.exception() if future.status == "error" else None
+                message = f"{name} could not be computed: {error or future.status!r}"
+                raise DataError(message) from error
+
+
+def _resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:
     if any(np.isnan(length) for chunks in array.chunks for length in chunks):
         try:
-            array.compute_chunk_sizes()
+            with contextlib.nullcontext() if client is None else client.as_current():
+                array.compute_chunk_sizes()
         except Exception as error:
             message = (
                 f"the chunk sizes of {name} are unknown and could not be computed: {error!r}; "
@@ -207,11 +246,13 @@ def _default_lengths(num_samples: int, row_bytes: int, block_size_bytes: int) ->
     return (rows,) * full + ((rest,) if rest else ())
 
 
-def _place(array: Any, lengths: Sequence[int], client: Client | None) -> tuple[list[Any], Any]:
+def _place(
+    name: str, array: Any, lengths: Sequence[int], client: Client | None
+) -> tuple[list[Any], Any]:
     """Give the key or array of each block of one field, and what keeps the keys alive."""
     if isinstance(array, da.Array):
         if tuple(array.chunks[0]) != tuple(lengths):
-            array = _persist(array.rechunk({0: tuple(lengths)}), client)
+            array = _persist({name: array.rechunk({0: tuple(lengths)})}, client)[name]
         if client is not None:
             return list(flatten(array.__dask_keys__())), array
         return [np.asarray(block.compute()) for block in array.blocks.ravel()], None

@@ -31,7 +31,7 @@ class LabelRange:
 
 
 def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, ...]:
-    """Give the first rows of the first block that has any, one array for each field.
+    """Give the first rows of the data, one array of native byte order for each field.
 
     Parameters
     ----------
@@ -42,16 +42,27 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
     client : Client or None
         Where the blocks are; this process if None.
     """
-    first = next(number for number, length in enumerate(blocks.lengths) if length)
+    takes = []
+    for number, length in enumerate(blocks.lengths):
+        if length and rows:
+            takes.append((number, min(length, rows)))
+            rows -= takes[-1][1]
     if blocks.arrays is not None:
-        return tuple(array[:rows] for array in blocks.arrays[first])
-    if client is None or blocks.keys is None:
+        heads = [[_head(array, take) for array in blocks.arrays[n]] for n, take in takes]
+    elif client is None or blocks.keys is None:
         message = "blocks with keys need a client"
         raise ValueError(message)
-    heads = [
-        client.submit(_head, Future(key, client), rows, pure=False) for key in blocks.keys[first]
-    ]
-    return tuple(client.gather(heads))
+    else:
+        heads = client.gather(
+            [
+                [
+                    client.submit(_head, Future(key, client), take, pure=False)
+                    for key in blocks.keys[n]
+                ]
+                for n, take in takes
+            ]
+        )
+    return tuple(np.concatenate(column) for column in zip(*heads, strict=True))
 
 
 def label_range(blocks: Blocks, *, ignore: int, client: Client | None) -> LabelRange:
@@ -86,7 +97,7 @@ def label_range(blocks: Blocks, *, ignore: int, client: Client | None) -> LabelR
 
 
 def _head(array: Array, rows: int) -> Array:
-    return np.array(array[:rows])
+    return np.array(array[:rows], dtype=array.dtype.newbyteorder("="))
 
 
 def _range(labels: Array, ignore: int) -> LabelRange:

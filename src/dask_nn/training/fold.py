@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from dask_nn.collectives.tree import roots, stack_program
-from dask_nn.training.layout import LeafLayout, LeafViews
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dask_nn.training.layout import LeafLayout, LeafViews
 
 __all__ = ["LocalFold"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dask_nn.collectives.serial import SerialCommunicator
@@ -11,6 +10,8 @@ from dask_nn.data.reader import MemoryReader
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dask_nn.data.blocks import Blocks
     from dask_nn.events import Progress
     from dask_nn.training.outcome import RankOutcome

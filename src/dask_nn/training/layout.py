@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
+
+from dask_nn.errors import ModelError
+from dask_nn.metrics.forward import floating_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
 
 __all__ = ["LeafLayout", "LeafViews"]
 
@@ -47,19 +53,33 @@ class LeafLayout:
         Elements of a leaf.
     dtype : torch.dtype
         float64 if any parameter or buffer is, else float32.
+    floating : torch.dtype
+        Type of the model's inputs: that of its first floating parameter or buffer.
     parameters : list of torch.nn.Parameter
         What is trained.
     buffers : list of torch.Tensor
         Buffers whose changes are averaged over the shards: floating and integer ones.
+
+    Raises
+    ------
+    ModelError
+        If a parameter is complex.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if any(p.is_complex() for p in self.parameters):
+            message = (
+                f"{type(model).__name__} has complex parameters; expected real ones, such as the "
+                "two parts of torch.view_as_real"
+            )
+            raise ModelError(message)
         self.buffers = [
             b for b in model.buffers() if b.dtype != torch.bool and not b.dtype.is_complex
         ]
         wide = any(t.dtype == torch.float64 for t in (*self.parameters, *self.buffers))
         self.dtype = torch.float64 if wide else torch.float32
+        self.floating = floating_dtype(model)
         self._gradient_at, end = self._lay([tuple(p.shape) for p in self.parameters], 0)
         self._buffer_at, end = self._lay([tuple(b.shape) for b in self.buffers], end)
         self._tail_at = end

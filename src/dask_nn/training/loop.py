@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import torch
 
 from dask_nn.collectives.tree import shard_range
 from dask_nn.data.batches import Batch, ShardBatches
@@ -22,6 +18,11 @@ from dask_nn.training.step import ShardStep
 from dask_nn.training.update import Update, is_finite
 
 if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    import torch
+
     from dask_nn.collectives.base import Communicator
     from dask_nn.data.reader import BlockReader
     from dask_nn.metrics.objective import Objective

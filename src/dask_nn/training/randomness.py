@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from dask_nn.data.plan import key64
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 __all__ = ["ShardRandomness"]
 
-# PyTorch's default generator belongs to the process; ranks that are threads of one share it.
-_generator_lock = threading.Lock()
 SEED_BITS = (1 << 63) - 1
+
+
+class _GeneratorLock:
+    """Many that draw nothing, or one that draws, may use the generator at a time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing = 0
+        self._taken = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken)
+            self._taken = True
+            self._changed.wait_for(lambda: not self._sharing)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                self._changed.notify_all()
+
+
+# PyTorch's default generator belongs to the process; ranks that are threads of one share it.
+_generator = _GeneratorLock()
 
 
 class ShardRandomness:
     """Run the random part of a shard's step (transform and forward) on numbers of its own.
 
-    Where several ranks share the process, a function that draws random numbers runs under a lock.
-    One that draws none does not need it, and is recognised by the untouched generator; if it does
-    draw later, that very call is repeated under the lock.
+    Where several ranks share the process, a function that draws random numbers runs alone. One that
+    draws none may run beside others of its kind, and is recognised by the untouched generator; if
+    it does draw later, that very call is repeated alone.
 
     Parameters
     ----------
@@ -47,12 +86,13 @@ class ShardRandomness:
             self._reseed(step, shard)
             return compute()
         if not self._draws:
-            before = torch.default_generator.get_state()
-            result = compute()
-            if torch.equal(torch.default_generator.get_state(), before):
+            with _generator.shared():
+                before = torch.default_generator.get_state()
+                result = compute()
+                untouched = torch.equal(torch.default_generator.get_state(), before)
+            if untouched:
                 return result
-            self._draws = True
-        with _generator_lock:
+        with _generator.alone():
             self._reseed(step, shard)
             before = torch.default_generator.get_state()
             result = compute()
@@ -68,7 +108,7 @@ class ShardRandomness:
 
 
 @contextlib.contextmanager
-def restored_generator() -> contextlib.AbstractContextManager[None]:  # type: ignore[misc]
+def restored_generator() -> Iterator[None]:
     """Give the process its random state back afterwards."""
     state = torch.default_generator.get_state()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,15 @@ from dask_nn.metrics.objective import Objective
 from dask_nn.training.canary import compare_canaries, fingerprint
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.loop import TrainingLoop
-from dask_nn.training.outcome import RankOutcome
+from dask_nn.training.outcome import RankOutcome, Status
 from dask_nn.training.randomness import ShardRandomness, restored_generator
 from dask_nn.training.runtime import rank_runtime
 from dask_nn.training.state import TrainingState
 from dask_nn.training.validation import Validation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dask_nn.collectives.base import Communicator
     from dask_nn.data.reader import BlockReader
     from dask_nn.events import Progress
@@ -64,18 +65,18 @@ class RankEnvironment:
 
 def rank_main(spec: TrainingSpec, env: RankEnvironment) -> RankOutcome:
     """Train one rank; never raises, the outcome says how it ended."""
-    progress = _Standing()
+    standing = _Standing()
     comm = env.comm
     outcome: RankOutcome
     try:
         with rank_runtime(spec.threads_per_rank, deterministic=spec.bitwise), restored_generator():
-            return _train(spec, env, progress)
+            return _train(spec, env, standing)
     except Aborted as error:
-        outcome = _failed(env, progress, "aborted", error)
+        outcome = _failed(env, standing, "aborted", error)
     except BaseException as error:
-        outcome = _failed(env, progress, "failed", error)
+        outcome = _failed(env, standing, "failed", error)
     finally:
-        if progress.unfinished:
+        if standing.unfinished:
             comm.abort()
         comm.close()
     return outcome
@@ -96,7 +97,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     state = standing.state = TrainingState(spec, device)
     layout = LeafLayout(state.model)
     objective = Objective(spec.loss, weighted=spec.weighted).with_ignored(spec.ignored_labels)
-    dtypes = batch_dtypes(spec.fields, layout.dtype)
+    dtypes = batch_dtypes(spec.fields, layout.floating)
     comm.open(shards=spec.shards, leaf_size=layout.size, dtype=layout.dtype, device=device)
     digest = fingerprint(
         state.model, objective, spec, dtypes=dtypes, device=device, shared=env.shared_process
@@ -125,7 +126,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     if first and env.on_start is not None:
         env.on_start()
     try:
-        status = "finished" if loop.run() else "stopped"
+        status: Status = "finished" if loop.run() else "stopped"
     except NonFiniteLoss:
         status = "non_finite"
     standing.unfinished = False
@@ -145,13 +146,13 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
 
 
 def _failed(
-    env: RankEnvironment, standing: _Standing, status: str, error: BaseException
+    env: RankEnvironment, standing: _Standing, status: Status, error: BaseException
 ) -> RankOutcome:
     state = standing.state
     return RankOutcome(
         rank=env.comm.rank,
         address=env.address,
-        status="aborted" if status == "aborted" else "failed",
+        status=status,
         steps=state.steps if state is not None else 0,
         epoch=state.epoch if state is not None else 0,
         error=f"{type(error).__name__}: {error}",

@@ -59,11 +59,15 @@ class TrainingResult:
         """Describe the run in a few lines of text."""
         run = self.run
         lines = [
-            f"{type(self.model).__name__}: {len(self.history)} of {run.epochs} epochs, "
-            f"{self.steps} steps of {run.batch_size} samples",
-            f"engine {run.engine}, {run.strategy}: {run.shards} shards on {run.world_size} "
-            f"rank(s) of {run.threads_per_rank} thread(s), collective {run.collective}, "
-            f"{run.num_workers} worker(s); first step after {self.start_s:.2f} s",
+            (
+                f"{type(self.model).__name__}: {len(self.history)} of {run.epochs} epochs, "
+                f"{self.steps} steps of {run.batch_size} samples"
+            ),
+            (
+                f"engine {run.engine}, {run.strategy}: {run.shards} shards on {run.world_size} "
+                f"rank(s) of {run.threads_per_rank} thread(s), collective {run.collective}, "
+                f"{run.num_workers} worker(s); first step after {self.start_s:.2f} s"
+            ),
         ]
         if self.history:
             names = [name for name in self.history[0] if name != "epoch"]

@@ -6,9 +6,13 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+from torch.utils import deterministic as memory_filling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["rank_runtime", "task_runtime"]
 
@@ -77,10 +81,10 @@ def _enter(*, deterministic: bool, keep_memory: bool) -> None:
             return
         _before["deterministic"] = torch.are_deterministic_algorithms_enabled()
         _before["warn_only"] = torch.is_deterministic_algorithms_warn_only_enabled()
-        _before["fill"] = torch.utils.deterministic.fill_uninitialized_memory
+        _before["fill"] = memory_filling.fill_uninitialized_memory  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic)
         # Filling every new tensor with NaN finds bugs, and costs time in each step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory_filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         _before["keep_memory"] = keep_memory
         if keep_memory:
             _keep_freed_memory(KEEP_BYTES, KEEP_BYTES)
@@ -95,7 +99,7 @@ def _leave() -> None:
         torch.use_deterministic_algorithms(
             bool(_before["deterministic"]), warn_only=bool(_before["warn_only"])
         )
-        torch.utils.deterministic.fill_uninitialized_memory = bool(_before["fill"])
+        memory_filling.fill_uninitialized_memory = bool(_before["fill"])  # type: ignore[attr-defined]
         if not _before["keep_memory"]:
             return
         trim = int(os.environ.get("MALLOC_TRIM_THRESHOLD_", DEFAULT_BYTES))

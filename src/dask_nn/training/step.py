@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,6 +11,8 @@ from dask_nn.errors import ModelError
 from dask_nn.training.layout import FIRST_MARK, LeafLayout, LeafViews
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dask_nn.data.batches import Batch
     from dask_nn.metrics.objective import Objective
     from dask_nn.training.randomness import ShardRandomness
@@ -164,7 +165,7 @@ class ShardStep:
     ) -> None:
         used = [gradient is not None for gradient in gradients]
         if all(used) and not any(gradient.is_sparse for gradient in gradients):  # type: ignore[union-attr]
-            torch._foreach_copy_(views.gradients, gradients)
+            torch._foreach_copy_(views.gradients, list(gradients))
         else:
             for view, gradient in zip(views.gradients, gradients, strict=True):
                 if gradient is None:

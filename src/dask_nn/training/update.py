@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +10,8 @@ import torch
 from dask_nn.training.layout import FIRST_MARK, LOSS, NORMALIZER, STOP, LeafLayout, LeafViews
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
 __all__ = ["StepTotal", "Update"]
@@ -71,6 +72,8 @@ class Update:
         self._divides = divides
         self._clip = clip_grad_norm
         self._gradients = views.flat[: layout.num_gradient_elements]
+        # Leaves have one type; gradients must have that of their parameter.
+        self._converts = any(p.dtype != layout.dtype for p in layout.parameters)
         self._all_used = False
         tail = views.tail if views.scalars is None else views.scalars
         self._read: Callable[[], list[float]] = tail.tolist
@@ -95,7 +98,7 @@ class Update:
             if not total.normalizer:
                 return  # every sample weighs nothing: there is no mean to follow
             self._gradients.div_(total.normalizer)
-        if not (self._all_used and 0.0 not in self._marks):
+        if self._converts or not (self._all_used and 0.0 not in self._marks):
             self._attach_gradients()
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._layout.parameters, self._clip)
@@ -110,7 +113,7 @@ class Update:
         for parameter, view, mark in zip(
             self._layout.parameters, self._views.gradients, self._marks, strict=True
         ):
-            parameter.grad = view if mark else None
+            parameter.grad = view.to(parameter.dtype) if mark else None
         self._all_used = all(self._marks)
 
     def _average_buffers(self, step_count: int) -> None:

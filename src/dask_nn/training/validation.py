@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,8 @@ from dask_nn.collectives.tree import shard_range
 from dask_nn.metrics.merge import compute, merge_named
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dask_nn.collectives.base import Communicator
     from dask_nn.data.reader import BlockReader
     from dask_nn.metrics.merge import Partial
@@ -109,7 +110,7 @@ def evaluate_block(
     from dask_nn.metrics.block import block_partials
 
     tensors = [
-        torch.from_numpy(array.copy()).to(dtype)
+        torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
         for array, dtype in zip(arrays, dtypes, strict=True)
     ]
     return dict(
