@@ -13,9 +13,9 @@ from dask_nn.controller.cluster import inspect_workers
 from dask_nn.controller.options import Options, check_sizes
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.data.blocks import Blocks, align
-from dask_nn.data.peek import label_range, sample
+from dask_nn.data.peek import LabelRange, label_range, sample
 from dask_nn.errors import DataError
-from dask_nn.metrics.names import resolve
+from dask_nn.metrics.names import infer_task, resolve
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.preflight import check_labels, try_step
 from dask_nn.training.spec import TrainingSpec
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from dask_nn.config import Settings
+    from dask_nn.metrics.names import Task
 
 __all__ = ["PreparedRun", "prepare"]
 
@@ -77,9 +78,12 @@ def prepare(
     model = options.make_model()
     weighted = sample_weight is not None
     objective = Objective(options.loss, weighted=weighted)
-    if validation is not None and len(validation) != 2 + weighted:
+    if validation is not None and not (
+        isinstance(validation, tuple | list) and len(validation) == 2 + weighted
+    ):
         wanted = "(X, y, sample_weight)" if weighted else "(X, y)"
-        message = f"validation must be a tuple {wanted}, got {len(validation)} values"
+        got = f"{len(validation)} values" if hasattr(validation, "__len__") else repr(validation)
+        message = f"validation must be a tuple {wanted}, got a {type(validation).__name__} of {got}"
         raise DataError(message)
     if client is not None:
         options.check_pickles(model)
@@ -128,15 +132,25 @@ def prepare(
         progress_interval_s=settings.progress_interval_s,
         sample=sample(blocks, min(MAX_SAMPLE_ROWS, options.batch_size // shards), client=client),
     )
-    output = try_step(spec)
+    labels = _label_range(objective, blocks, client)
+    output = try_step(spec, labels)
     num_outputs = _num_outputs(output)
     spec = replace(
         spec,
         metrics=resolve(
-            options.metrics, num_outputs=num_outputs, ignore_index=objective.ignore_index
+            options.metrics,
+            num_outputs=num_outputs,
+            task=_task(output, num_outputs, blocks, objective),
+            ignore_index=objective.ignore_index,
         ),
     )
-    spec = _check_label_blocks(spec, objective, num_outputs, blocks, validation_blocks, client)
+    if labels is not None and num_outputs is not None:
+        check_labels(spec, labels, num_outputs)
+        spec = replace(spec, ignored_labels=labels.ignored)
+        if validation_blocks is not None:
+            found = _label_range(objective, validation_blocks, client)
+            if found is not None:
+                check_labels(spec, found, num_outputs)
     return PreparedRun(
         spec=spec,
         blocks=blocks,
@@ -146,23 +160,26 @@ def prepare(
     )
 
 
-def _check_label_blocks(
-    spec: TrainingSpec,
-    objective: Objective,
-    num_outputs: int | None,
-    blocks: Blocks,
-    validation: Blocks | None,
-    client: Client | None,
-) -> TrainingSpec:
-    """Check class labels where they lie; note whether labels to be ignored occur."""
+def _task(
+    output: Any, num_outputs: int | None, blocks: Blocks, objective: Objective
+) -> Task | None:
+    """Tell the kind of classification that named metrics are computed for."""
+    if num_outputs is None:
+        return None
+    return infer_task(
+        num_outputs,
+        output_ndim=output.dim(),
+        target_ndim=1 + len(blocks.fields[1].shape),
+        over_classes=objective.ignore_index is not None,
+    )
+
+
+def _label_range(objective: Objective, blocks: Blocks, client: Client | None) -> LabelRange | None:
+    """Find the range of class labels where they lie; None if y holds no class labels."""
     ignore = objective.ignore_index
-    if ignore is None or num_outputs is None or blocks.fields[1].dtype.kind not in "iu":
-        return spec
-    labels = label_range(blocks, ignore=ignore, client=client)
-    check_labels(spec, labels, num_outputs)
-    if validation is not None:
-        check_labels(spec, label_range(validation, ignore=ignore, client=client), num_outputs)
-    return replace(spec, ignored_labels=labels.ignored)
+    if ignore is None or blocks.fields[1].dtype.kind not in "iu":
+        return None
+    return label_range(blocks, ignore=ignore, client=client)
 
 
 def _check_known_sizes(features: Any, options: Options, shards: int) -> None:

@@ -166,8 +166,8 @@ def _check_array(name: str, array: Any) -> None:
         raise DataError(message)
     if array.dtype.kind not in NUMERIC_KINDS or array.dtype.itemsize > MAX_ITEM_BYTES:
         message = (
-            f"{name} has dtype {array.dtype}, expected numbers (integers, floats or booleans) of at "
-            "most 64 bits; encode or cast it first"
+            f"{name} has dtype {array.dtype}, expected numbers (integers, floats or booleans) of "
+            "at most 64 bits; encode or cast it first"
         )
         raise DataError(message)
     if name == "sample_weight" and array.ndim != 1:
@@ -194,15 +194,18 @@ def _one_chunk_per_row_block(array: da.Array) -> da.Array:
     if not cut:
         return array
     try:
-        return array.rechunk(cut)
+        rechunked: da.Array = array.rechunk(cut)
     except ValueError as error:
         message = f"chunks along axes {sorted(cut)} cannot be joined: {error}"
         raise DataError(message) from error
+    return rechunked
 
 
 def _persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.Array]:
     """Compute the blocks of some arrays, in one graph: what they have in common is done once."""
     values = list(arrays.values())
+    if not values:
+        return {}
     if client is not None:
         kept = dict(zip(arrays, client.persist(values), strict=True))
         _wait(kept)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from distributed import Future
 
+from dask_nn.errors import DataError
+
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -41,6 +43,11 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
         At most so many.
     client : Client or None
         Where the blocks are; this process if None.
+
+    Raises
+    ------
+    DataError
+        If blocks are not what their arrays said.
     """
     takes = []
     for number, length in enumerate(blocks.lengths):
@@ -62,7 +69,16 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
                 for n, take in takes
             ]
         )
-    return tuple(np.concatenate(column) for column in zip(*heads, strict=True))
+    columns = [np.concatenate(column) for column in zip(*heads, strict=True)]
+    for field, column in zip(blocks.fields, columns, strict=True):
+        expected = (sum(take for _, take in takes), *field.shape)
+        if column.shape != expected:
+            message = (
+                f"the first rows of {field.name} have shape {column.shape}, expected {expected}; "
+                "is the chunk size that its Dask array tells true?"
+            )
+            raise DataError(message)
+    return tuple(columns)
 
 
 def label_range(blocks: Blocks, *, ignore: int, client: Client | None) -> LabelRange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,18 +14,28 @@ from dask_nn.errors import ConfigurationError, DaskNNError, DataError, ModelErro
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.randomness import ShardRandomness, restored_generator
+from dask_nn.training.runtime import task_runtime
 from dask_nn.training.state import TrainingState
 from dask_nn.training.step import ShardStep
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dask_nn.data.peek import LabelRange
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["check_labels", "try_step"]
 
 
-def try_step(spec: TrainingSpec) -> torch.Tensor:
-    """Compute one leaf from the spec's sample and throw it away.
+def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> torch.Tensor:
+    """Compute leaves from the spec's sample, of a full and of the smallest batch, for nothing.
+
+    Parameters
+    ----------
+    spec : TrainingSpec
+        With a sample.
+    labels : LabelRange, optional
+        What class labels occur, for a better message.
 
     Returns
     -------
@@ -35,6 +46,8 @@ def try_step(spec: TrainingSpec) -> torch.Tensor:
     ------
     ConfigurationError
         If optimizer, scheduler or loss cannot be used.
+    DataError
+        If labels lie outside the model's outputs.
     ModelError
         If transform, model or loss fail on the sample.
     """
@@ -43,12 +56,42 @@ def try_step(spec: TrainingSpec) -> torch.Tensor:
         raise ConfigurationError(message)
     TrainingState(spec, torch.device("cpu"))
     model = copy.deepcopy(spec.model).cpu().train()
-    layout = LeafLayout(model)
-    dtypes = batch_dtypes(spec.fields, layout.dtype)
+    dtypes = batch_dtypes(spec.fields, LeafLayout(model).floating)
     batch = tuple(
         torch.from_numpy(np.array(array)).to(dtype)
         for array, dtype in zip(spec.sample, dtypes, strict=True)
     )
+    count = len(batch[0])
+    fewest = min(count, _fewest_rows(spec))
+    output = None
+    for rows in sorted({count, fewest}, reverse=True):
+        part = tuple(tensor[:rows].clone() for tensor in batch)
+        try:
+            found = _compute(spec, model, part)
+        except DaskNNError:
+            raise
+        except Exception as error:
+            if labels is not None:
+                _blame_labels(spec, model, part, labels)
+            message = _failure(spec, part, error)
+            if output is not None:
+                message += (
+                    f". The last batch of an epoch leaves a shard with {rows} row(s): choose "
+                    f"another batch_size ({spec.batch_size}) or other shards ({spec.shards}), or "
+                    "leave some rows out"
+                )
+            raise ModelError(message) from error
+        output = found if output is None else output
+    if output is None:
+        message = "the sample has no rows"
+        raise DataError(message)
+    return output
+
+
+def _compute(
+    spec: TrainingSpec, model: nn.Module, batch: tuple[torch.Tensor, ...]
+) -> torch.Tensor | None:
+    layout = LeafLayout(model)
     step = ShardStep(
         model,
         objective=Objective(spec.loss, weighted=spec.weighted),
@@ -60,25 +103,46 @@ def try_step(spec: TrainingSpec) -> torch.Tensor:
     )
     views = layout.views(torch.zeros(layout.size, dtype=layout.dtype))
     count = len(batch[0])
+    with (
+        task_runtime(torch.get_num_threads(), deterministic=spec.bitwise),
+        restored_generator(),
+        warnings.catch_warnings(),
+    ):
+        # Outputs (n, 1) and targets (n,) broadcast to (n, n): PyTorch only warns.
+        warnings.filterwarnings("error", message="Using a target size")
+        output = step.compute(views, batch, step=0, shard=0, count=count, step_count=count)
+    return None if output is None else output.output
+
+
+def _fewest_rows(spec: TrainingSpec) -> int:
+    """Count the rows of the smallest batch that a shard ever computes."""
+    plan = spec.plan(0)
+    counts = [plan.count(plan.num_steps - 1, shard) for shard in range(plan.shards)]
+    return min(count for count in counts if count)
+
+
+def _blame_labels(
+    spec: TrainingSpec, model: nn.Module, batch: tuple[torch.Tensor, ...], labels: LabelRange
+) -> None:
+    """Raise the error of labels outside the outputs if the model itself works."""
     try:
-        with restored_generator():
-            output = step.compute(views, batch, step=0, shard=0, count=count, step_count=count)
-    except DaskNNError:
-        raise
-    except Exception as error:
-        inputs = ", ".join(
-            f"{field.name} {str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)}"
-            for field, tensor in zip(spec.fields, batch, strict=True)
-        )
-        message = (
-            f"one step on {count} rows failed before any work started, with {inputs}: "
-            f"{type(error).__name__}: {error}{_remedy(spec, batch)}"
-        )
-        raise ModelError(message) from error
-    if output is None:
-        message = "the sample has no rows"
-        raise DataError(message)
-    return output.output
+        with torch.no_grad():
+            x = batch[0] if spec.transform is None else spec.transform(batch[0].clone())
+            num_outputs = int(copy.deepcopy(model).eval()(x).shape[1])
+    except Exception:
+        return  # the labels are not to blame
+    check_labels(spec, labels, num_outputs)
+
+
+def _failure(spec: TrainingSpec, batch: tuple[torch.Tensor, ...], error: Exception) -> str:
+    inputs = ", ".join(
+        f"{field.name} {str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)}"
+        for field, tensor in zip(spec.fields, batch, strict=True)
+    )
+    return (
+        f"one step on {len(batch[0])} rows failed before any work started, with {inputs}: "
+        f"{type(error).__name__}: {error}{_remedy(spec, batch, error)}"
+    )
 
 
 def check_labels(spec: TrainingSpec, labels: LabelRange, num_outputs: int) -> None:
@@ -98,8 +162,12 @@ def check_labels(spec: TrainingSpec, labels: LabelRange, num_outputs: int) -> No
         raise DataError(message)
 
 
-def _remedy(spec: TrainingSpec, batch: tuple[torch.Tensor, ...]) -> str:
+def _remedy(spec: TrainingSpec, batch: tuple[torch.Tensor, ...], error: Exception) -> str:
     """Guess what to say about the most common mistakes."""
+    if "does not have a deterministic implementation" in str(error):
+        return ". Synchronous(bitwise=False) allows it, and weights may differ from run to run"
+    if isinstance(error, UserWarning):
+        return ". Reshape y, or let the model squeeze its output"
     if spec.transform is None and not batch[0].is_floating_point():
         return (
             f". X is {batch[0].dtype}: most layers expect floats, so pass a transform= that "
