@@ -81,11 +81,23 @@ class RankGroup:
         self._futures: list[Future[Any]] = []
 
     def start(self, payload: RankPayload) -> None:
-        """Send the payload to the gang's workers and start the rank tasks."""
+        """Send the payload to the gang's workers and start the rank tasks.
+
+        Raises
+        ------
+        WorkerLost
+            If a worker has left the cluster.
+        """
         # By value for what has no importable name, such as a module defined in a notebook.
         pickled = cloudpickle.dumps(payload, protocol=pickle.HIGHEST_PROTOCOL)
         addresses = [seat.address for seat in self.seats]
-        sent = self._client.scatter(pickled, workers=addresses, broadcast=True, hash=False)
+        try:
+            sent = self._client.scatter(pickled, workers=addresses, broadcast=True, hash=False)
+        except Exception as error:
+            lost = self.lost(self.absent())
+            if lost is None:
+                raise
+            raise lost from error
         for seat in self.seats:
             future = self._client.submit(
                 run_rank,
@@ -110,10 +122,22 @@ class RankGroup:
 
     def lost(self, removed: set[str]) -> WorkerLost | None:
         """Make the error for the first rank whose worker is among the removed ones."""
-        for seat, future in zip(self.seats, self._futures, strict=True):
-            if seat.address in removed and future.status != "finished":
+        for seat in self.seats:
+            finished = self._futures and self._futures[seat.rank].status == "finished"
+            if seat.address in removed and not finished:
                 return WorkerLost(seat.address, seat.rank)
         return None
+
+    def absent(self) -> set[str]:
+        """Give the addresses of the gang's workers that the scheduler does not know any more."""
+        return {seat.address for seat in self.seats} - set(self._present())
+
+    def is_running(self, removed: set[str]) -> bool:
+        """Tell whether ranks are at work on workers other than the removed ones."""
+        return any(
+            future.status == "pending" and seat.address not in removed
+            for seat, future in zip(self.seats, self._futures, strict=False)
+        )
 
     def signal(self, order: str) -> None:
         """Ask all ranks to ``"stop"`` at a step boundary, or to ``"abort"``."""

@@ -30,6 +30,8 @@ POLL_S = 0.2
 AFTERMATH_S = 10.0
 # Ctrl-C waits so long for the ranks to reach a step boundary.
 STOP_S = 1.5
+# However the run ended, ranks that still work get so long to notice.
+END_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,10 @@ def run_spmd(
     with _subscribed(client, {topic: hear, **losses}):
         try:
             group.start(payload)
+            removed |= group.absent()  # those that left before the subscription
             return _watch(group, changed, messages, removed, listener)
         finally:
+            _end(group, changed, removed)
             group.release()
 
 
@@ -133,21 +137,28 @@ def _watch(
                 return ended, interrupted
             lost = group.lost(removed)
             if lost is not None:
-                group.signal("abort")
                 raise lost
-            if deadline is None and any(o.status in {"failed", "aborted"} for o in ended):
-                group.signal("abort")
-                deadline = time.monotonic() + AFTERMATH_S
+            if any(o.status in {"failed", "aborted"} for o in ended):
+                group.signal("abort")  # again and again: a rank may just be starting
+                deadline = deadline or time.monotonic() + AFTERMATH_S
             if deadline is not None and time.monotonic() > deadline:
-                group.signal("abort")
                 return ended, interrupted
         except KeyboardInterrupt:
             if interrupted:
-                group.signal("abort")
                 raise
             interrupted = True
             deadline = time.monotonic() + STOP_S
             group.signal("stop")
+
+
+def _end(group: RankGroup, changed: threading.Event, removed: set[str]) -> None:
+    """End ranks that are still at work: a cancelled task would go on in its thread."""
+    deadline = time.monotonic() + END_S
+    while group.is_running(removed) and time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # what ended the run says more
+            group.signal("abort")
+        changed.wait(POLL_S)
+        changed.clear()
 
 
 def _deliver(messages: queue.SimpleQueue[dict[str, Any]], listener: Listener) -> None:

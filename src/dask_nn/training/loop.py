@@ -186,6 +186,7 @@ class TrainingLoop:
             full = state.step < self._full_steps
             step_count = self._step_count = spec.batch_size if full else plan.step_count(state.step)
             self._fold.run(comm.slots(), self._compute_leaf)
+            comm.check_abort()  # a peer that is never late leaves no wait that would notice
             comm.publish()
             self._prepare_next_batch()
             comm.collect()
