@@ -97,7 +97,7 @@ class _GraphRun:
         self._run_id = uuid.uuid4().hex[:12]
         pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
         self._payload = client.scatter(pickled, broadcast=True, hash=False)
-        self._dtypes = batch_dtypes(self._spec.fields, LeafLayout(self._spec.model).dtype)
+        self._dtypes = batch_dtypes(self._spec.fields, LeafLayout(self._spec.model).floating)
         nodes = [Node(shard, shard + 1) for shard in range(self._spec.shards)]
         self._additions = fold_program(self._spec.shards, nodes)
         self._bitwise = True

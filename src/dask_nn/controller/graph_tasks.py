@@ -79,7 +79,7 @@ class _Bench:
         self.spec: TrainingSpec = pickle.loads(payload)  # noqa: S301  (made by the run's client)
         self.state = TrainingState(self.spec, CPU)
         self.layout = LeafLayout(self.state.model)
-        self.dtypes = batch_dtypes(self.spec.fields, self.layout.dtype)
+        self.dtypes = batch_dtypes(self.spec.fields, self.layout.floating)
         self.objective = Objective(self.spec.loss, weighted=self.spec.weighted).with_ignored(
             self.spec.ignored_labels
         )

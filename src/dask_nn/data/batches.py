@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dask_nn.data.prefetch import Prefetcher
+from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from dask_nn.data.blocks import Field
-    from dask_nn.data.plan import Plan, Window
+    from dask_nn.data.plan import Piece, Plan, Window
     from dask_nn.data.reader import BlockReader
 
 __all__ = ["Batch", "ShardBatches", "batch_dtypes", "load_window", "new_rows"]
@@ -78,15 +79,33 @@ def load_window(window: Window, reader: BlockReader, rows: tuple[torch.Tensor, .
         Where they are.
     rows : tuple of Tensor
         Shape (at least window.length, ...).
+
+    Raises
+    ------
+    DataError
+        If a block is not what its array said.
     """
-    targets = [tensor.numpy() for tensor in rows]
     start = 0
     for piece in window.pieces:
         stop = start + piece.stop - piece.start
         block = reader.read(piece.block)
-        for target, array in zip(targets, block, strict=True):
-            np.copyto(target[start:stop], array[piece.start : piece.stop], casting="unsafe")
+        for target, array in zip(rows, block, strict=True):
+            _copy(target[start:stop], array[piece.start : piece.stop], piece)
         start = stop
+
+
+def _copy(target: torch.Tensor, found: np.ndarray[Any, Any], piece: Piece) -> None:
+    if found.shape != target.shape:  # NumPy would repeat a single row without a word
+        message = (
+            f"block {piece.block} gave an array of shape {found.shape} for its rows "
+            f"{piece.start} to {piece.stop}, expected {tuple(target.shape)}; is the chunk size "
+            "that its Dask array tells true?"
+        )
+        raise DataError(message)
+    if target.dtype == torch.bfloat16:  # unknown to NumPy
+        target.copy_(torch.from_numpy(found.astype(np.float32)))
+    else:
+        np.copyto(target.numpy(), found, casting="unsafe")
 
 
 class ShardBatches:
