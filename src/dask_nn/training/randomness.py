@@ -77,6 +77,11 @@ class ShardRandomness:
         self._draws = True
         self._cuda = torch.cuda.is_initialized()
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the next call of :meth:`run` may call its function twice."""
+        return self._shared and not self._draws
+
     def run[T](self, compute: Callable[[], T], step: int, shard: int) -> T:
         """Call ``compute`` with the generator seeded for a step and shard.
 

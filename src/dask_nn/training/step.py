@@ -123,7 +123,10 @@ class ShardStep:
         def forward() -> torch.Tensor:
             for buffer, base in zip(self._layout.buffers, self._base, strict=True):
                 buffer.copy_(base)
-            x = batch[0] if self._transform is None else self._transform(batch[0])
+            x = batch[0]
+            if self._transform is not None:
+                # A transform in place must not meet its own result in a second call.
+                x = self._transform(x.clone() if self._randomness.may_repeat else x)
             output: torch.Tensor = self._model(x)
             return output
 
@@ -165,7 +168,7 @@ class ShardStep:
     ) -> None:
         used = [gradient is not None for gradient in gradients]
         if all(used) and not any(gradient.is_sparse for gradient in gradients):  # type: ignore[union-attr]
-            torch._foreach_copy_(views.gradients, list(gradients))
+            torch._foreach_copy_(views.gradients, list(gradients))  # type: ignore[arg-type]
         else:
             for view, gradient in zip(views.gradients, gradients, strict=True):
                 if gradient is None:
