@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dask_nn.collectives.serial import SerialCommunicator
@@ -31,6 +33,8 @@ def run_in_process(
 ) -> tuple[RankOutcome, bool]:
     """Train in a thread of this process, so that Ctrl-C can ask it to stop at a step boundary.
 
+    The calls back are made in the caller's thread.
+
     Returns
     -------
     RankOutcome
@@ -38,27 +42,37 @@ def run_in_process(
     bool
         Whether Ctrl-C ended it.
     """
+    calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     env = RankEnvironment(
         comm=SerialCommunicator(0, 1),
         reader=MemoryReader(blocks.arrays or ()),
         validation_reader=None if validation is None else MemoryReader(validation.arrays or ()),
-        on_start=on_start,
-        on_progress=on_progress,
-        on_epoch=on_epoch,
+        on_start=lambda: calls.put(on_start),
+        on_progress=lambda progress: calls.put(partial(on_progress, progress)),
+        on_epoch=lambda record: calls.put(partial(on_epoch, record)),
     )
     outcomes: list[RankOutcome] = []
-    thread = threading.Thread(
-        target=lambda: outcomes.append(rank_main(spec, env)), name="dask-nn-rank", daemon=True
-    )
+
+    def work() -> None:
+        outcomes.append(rank_main(spec, env))
+        calls.put(None)
+
+    thread = threading.Thread(target=work, name="dask-nn-rank", daemon=True)
     thread.start()
     interrupted = False
-    while thread.is_alive():
-        try:
-            thread.join()
-        except KeyboardInterrupt:
-            if interrupted:
-                env.comm.abort()
-                raise
-            interrupted = True
-            env.stop_event.set()
-    return outcomes[0], interrupted
+    try:
+        while True:
+            try:
+                call = calls.get()
+                if call is None:
+                    return outcomes[0], interrupted
+                call()
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                env.stop_event.set()
+    finally:
+        if not outcomes:
+            env.comm.abort()
+        thread.join()
