@@ -64,5 +64,7 @@ class Snapshot:
         if weights_only:
             return
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
+        # Schedulers complain of stepping before the optimizer; another copy may have stepped.
+        state.optimizer._opt_called = bool(self.steps)  # type: ignore[attr-defined]  # noqa: SLF001
         if state.scheduler is not None:
             state.scheduler.load_state_dict(copy.deepcopy(self.scheduler))
