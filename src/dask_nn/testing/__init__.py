@@ -1,0 +1,1 @@
+"""What proves that a backend keeps its promises; for tests, here and in other projects."""
