@@ -1,0 +1,1 @@
+"""Measurements against sequential PyTorch and torchrun; run with ``python -m benchmarks``."""
