@@ -34,8 +34,13 @@ def group_is_gone(pid: int) -> bool:
     return False
 
 
-def scratch_folders() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("dask-nn-*")}
+@pytest.fixture(autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give temporary files a folder of their own, here and in processes that tests start."""
+    folder = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
 
 
 def nap(seconds: float) -> None:
@@ -55,8 +60,7 @@ def test_counts_below_one_are_refused_before_anything_starts(option: str) -> Non
         pass
 
 
-def test_nothing_is_left_after_the_block_even_of_a_worker_that_hangs() -> None:
-    folders = scratch_folders()
+def test_nothing_is_left_after_the_block_even_of_a_worker_that_hangs(scratch: Path) -> None:
     with local_cluster(2, 2, preload=(), dashboard_address=":0") as client:
         workers = client.scheduler_info(n_workers=-1)["workers"]
         assert [worker["nthreads"] for worker in workers.values()] == [2, 2]
@@ -66,7 +70,7 @@ def test_nothing_is_left_after_the_block_even_of_a_worker_that_hangs() -> None:
     assert time.monotonic() - start < 3
     assert hung.status != "finished"
     assert not any(map(alive, pids))
-    assert scratch_folders() == folders
+    assert not list(scratch.iterdir())
 
 
 def test_workers_can_be_threads() -> None:
@@ -108,7 +112,7 @@ def test_workers_do_not_see_an_interrupt_of_the_process_group(tmp_path: Path) ->
     assert done.returncode == 0
 
 
-def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path, scratch: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
         "import threading, os, signal\n"
@@ -121,7 +125,6 @@ def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path) -> 
         "    except KeyboardInterrupt:\n"
         "        print('stopped', flush=True)\n"
     )
-    folders = scratch_folders()
     process = subprocess.Popen(
         [sys.executable, script],
         stdout=subprocess.PIPE,
@@ -132,7 +135,7 @@ def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path) -> 
     out, err = process.communicate(timeout=60)
     assert out == "stopped\n"
     assert err == ""
-    assert scratch_folders() == folders
+    assert not list(scratch.iterdir())
     assert group_is_gone(process.pid)
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["mnist"]
 
 _CONNECT_TIMEOUT_S = 5
+# What ranks need; an optimizer imports torch._dynamo when the first one is made.
+_PRELOAD = ("torch._dynamo", "dask_nn.training.rank_main", "dask_nn.controller.worker_side")
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -172,7 +174,7 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
             sequential = _train_sequential(job, dataset, console) if with_sequential else None
             if client is None:
                 client = stack.enter_context(
-                    local_cluster(places.workers, places.threads_per_worker)
+                    local_cluster(places.workers, places.threads_per_worker, preload=_PRELOAD)
                 )
             console.print(f"\ndask-nn on {client.scheduler_info()['address']}")
             console.print(f"Dashboard: {client.dashboard_link}")
@@ -238,15 +240,19 @@ def _save(model: torch.nn.Module, places: _Places, job: Job) -> None:
 
 def _show(comparison: Comparison, places: _Places, console: Console) -> None:
     from dask_nn.checkpoints.whole_file import whole_file
-    from dask_nn.examples.mnist.report import draw_curves, draw_misread, make_table
+    from dask_nn.examples.mnist.report import (
+        describe_speedup,
+        draw_curves,
+        draw_misread,
+        make_table,
+    )
 
     result = comparison.parallel.result
     console.print()
     console.print(make_table(comparison))
-    console.print(
-        f"First step {result.start_s:.2f} s after the call of train, "
-        f"weights {result.weights_sha256[:16]}"
-    )
+    if comparison.sequential is not None:
+        console.print(describe_speedup(comparison))
+    console.print(f"The first step began {result.start_s:.2f} s after the call of train.")
     draw_curves(comparison, places.report / "curves.png")
     draw_misread(comparison.dataset.digits, comparison.parallel, places.report / "misread.png")
     written = [places.weights, places.report / "curves.png", places.report / "misread.png"]

@@ -43,13 +43,14 @@ def predict(*, weights: Path, source: Path, target: Path, proba: bool) -> None:
         raise DataError(f"{target}: its folder does not exist, expected one to write to")
     model = model_from_weights(load_weights(weights)[0])
     images = _read(source)
-    output = "proba" if proba else "label"
-    read = predict_rows(model, images, output=output, transform=scale)
+    read = predict_rows(model, images, output="proba" if proba else "label", transform=scale)
     _write(target, read)
     click.echo(f"read {len(images):,} images, wrote {target}")
 
 
 def _read(path: Path) -> np.ndarray:
+    from zipfile import BadZipFile
+
     import numpy as np
 
     from dask_nn.errors import DataError
@@ -57,8 +58,9 @@ def _read(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path}: no such file, expected a NumPy file of images")
     try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            images = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{path}: expected a whole NumPy file of images, but {error}") from error
     if not isinstance(images, np.ndarray):
         raise DataError(f"{path}: expected one array (.npy), got an archive of several (.npz)")

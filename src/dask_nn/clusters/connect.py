@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from distributed import Client, Security
 from distributed.core import rpc
 from distributed.utils import LoopRunner
 
+from dask_nn.clusters.quiet import quiet_distributed
 from dask_nn.errors import SchedulerUnreachable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["connect"]
 
@@ -40,7 +35,7 @@ def connect(address: str, timeout_s: float = 10) -> Client:
         If no Dask scheduler answers in time, or the address cannot be understood.
     """
     try:
-        with _quiet("distributed"):
+        with quiet_distributed():
             # A client waits for ever for the answer of something that listens and is no Dask.
             kind = LoopRunner().run_sync(_kind, address, timeout_s)
             if kind == "Scheduler":
@@ -62,14 +57,3 @@ async def _kind(address: str, timeout_s: float) -> str:
         rpc(address, timeout=timeout_s, connection_args=arguments) as server,
     ):
         return str((await server.identity())["type"])
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

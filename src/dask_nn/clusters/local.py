@@ -19,6 +19,7 @@ from dask.system import cpu_count
 from distributed import Client, LocalCluster
 from distributed.utils import LoopRunner
 
+from dask_nn.clusters.quiet import quiet_distributed
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def local_cluster(
     before = frozenset(child.pid for child in multiprocessing.active_children())
     scratch = tempfile.mkdtemp(prefix="dask-nn-")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_distributed())
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
         runner = _loop_blind_to_interrupts()
@@ -97,6 +99,7 @@ def local_cluster(
                 threads_per_worker=threads_per_worker,
                 processes=processes,
                 local_directory=scratch,
+                scheduler_kwargs={"local_directory": scratch},
                 dashboard_address=dashboard_address,
                 silence_logs=logging.CRITICAL,
                 asynchronous=True,
@@ -123,6 +126,9 @@ async def _started(cluster: Any) -> None:
 
 async def _closed(cluster: Any) -> None:
     await cluster.close()
+    # A cluster that was interrupted while it started leaves its scheduler open.
+    if cluster.scheduler is not None:
+        await cluster.scheduler.close()
 
 
 def _in_loop(runner: LoopRunner, function: Any, *arguments: Any, **options: Any) -> Any:

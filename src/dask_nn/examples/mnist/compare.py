@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dask.array as da
 import torch
@@ -73,7 +73,7 @@ class Job:
     lr: float = 0.01
     hidden_size: int = 128
     shards: int | None = None
-    engine: str = "spmd"
+    engine: Literal["spmd", "graph"] = "spmd"
     seed: int = 0
 
 
@@ -303,7 +303,7 @@ def to_cluster(client: Client, values: np.ndarray, rows: int = _ROWS_PER_BLOCK) 
             for future, block in zip(futures, blocks, strict=True)
         ]
     )
-    persisted = client.persist(array)
+    persisted: da.Array = client.persist(array)
     wait(persisted)
     return persisted
 

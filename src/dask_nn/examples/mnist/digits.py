@@ -35,8 +35,8 @@ def cached_digits(folder: Path, *, train: int = 60_000, test: int = 10_000) -> D
     """
     path = folder / f"digits-{_VERSION}-{train}-{test}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with np.load(path, allow_pickle=False) as file:
-            found = Digits(**{name: file[name] for name in Digits.__dataclass_fields__})
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = Digits(**{name: arrays[name] for name in Digits.__dataclass_fields__})
         if len(found.train_images) == train and len(found.test_images) == test:
             return found
     made = make_digits(train=train, test=test)

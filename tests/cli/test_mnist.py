@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+from dask_nn.checkpoints.serialization import load_weights, weights_sha256
+from dask_nn.cli.main import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Run = Callable[..., subprocess.CompletedProcess[str]]
+    Start = Callable[..., subprocess.Popen[str]]
+
+
+def group_is_gone(pid: int) -> bool:
+    """Tell whether no process of the group is left; Python's tracker ends a moment after it."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(nn, ["mnist", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_the_whole_job(run: Run, data_dir: Path, tmp_path: Path, temporary: Path) -> None:
+    done = run(
+        *("mnist", "--data-dir", data_dir, "--epochs", 2, "--batch-size", 100, "--lr", 0.1),
+        *("--workers", 2, "--report", "out", "--json", "result.json"),
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert "Dashboard: http://" in done.stdout
+    assert done.stdout.count("epoch 2/2  loss ") == 3
+    assert "times as fast as the guide's loop" in done.stdout
+
+    values = json.loads((tmp_path / "result.json").read_text())
+    assert values["dataset"] == "mnist"
+    assert (values["train_samples"], values["test_samples"]) == (2_000, 500)
+    assert values["parallel"]["engine"] == "spmd"
+    assert values["parallel"]["num_workers"] == 2
+    assert values["parallel"]["accuracy"] > 0.5
+    weights, metadata = load_weights(tmp_path / "out" / "weights.safetensors")
+    assert weights_sha256(weights) == values["parallel"]["weights_sha256"]
+    assert metadata["hidden_size"] == "128"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"weights.safetensors", "curves.png", "misread.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "result.json"}
+    assert not list(temporary.glob("dask*"))
+
+
+def test_the_graph_engine_alone_on_a_running_cluster(
+    run: Run, cluster2: object, data_dir: Path, tmp_path: Path
+) -> None:
+    done = run(
+        *("mnist", "--data-dir", data_dir, "--epochs", 1, "--batch-size", 500, "--engine", "graph"),
+        *("--no-sequential", "--scheduler", cluster2.scheduler_address, "--json", "r.json"),
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    values = json.loads((tmp_path / "r.json").read_text())
+    assert values["sequential"] is values["speedup"] is None
+    assert values["parallel"]["engine"] == "graph"
+    assert len(cluster2.scheduler_info["workers"]) == 2
+
+
+def test_an_interrupt_while_it_trains_saves_what_is_trained(
+    start: Start, data_dir: Path, tmp_path: Path, temporary: Path
+) -> None:
+    with start(
+        *("mnist", "--data-dir", data_dir, "--epochs", 100_000, "--batch-size", 100),
+        *("--no-sequential", "--workers", 2),
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    path = Path("report") / "weights.safetensors"
+    assert err == f"Interrupted; what is trained so far is in {path}.\n"
+    assert "Traceback" not in out
+    weights, _ = load_weights(tmp_path / path)
+    assert weights["fc1.weight"].shape == (128, 784)
+    assert group_is_gone(process.pid)
+    assert not list(temporary.glob("dask*"))
+
+
+def test_an_interrupt_of_the_sequential_loop_saves_its_weights(
+    start: Start, data_dir: Path, tmp_path: Path
+) -> None:
+    with start("mnist", "--data-dir", data_dir, "--epochs", 100_000) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.startswith("Interrupted; what is trained so far is in")
+    load_weights(tmp_path / "report" / "weights.safetensors")
+    assert group_is_gone(process.pid)
+
+
+def test_a_loss_that_explodes_keeps_the_last_good_weights(
+    run: Run, data_dir: Path, tmp_path: Path
+) -> None:
+    done = run(
+        *("mnist", "--data-dir", data_dir, "--lr", 1e30, "--no-sequential", "--workers", 1),
+    )
+    assert done.returncode == 2
+    assert "Error: the loss became" in done.stderr
+    assert "at step" in done.stderr
+    assert "Traceback" not in done.stderr
+    weights, _ = load_weights(tmp_path / "report" / "weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--epochs", 0),
+        ("--workers", 0),
+        ("--batch-size", 0),
+        ("--hidden", -1),
+        ("--shards", 0),
+        ("--engine", "steam"),
+        ("--lr", "much"),
+        ("--seed", -1),
+        ("--scheduler", "tcp://127.0.0.1:1", "--workers", 2),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(arguments: tuple[object, ...]) -> None:
+    assert str(arguments[0]) in refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", 2_001), "batch_size must be at most the number of samples"),
+        (("--batch-size", 100, "--shards", 3), "batch_size=99 or 102 would do"),
+        (("--lr", "nan"), "lr must be a positive number"),
+    ],
+)
+def test_a_job_that_cannot_work_is_one_line(
+    arguments: tuple[object, ...], message: str, data_dir: Path, tmp_path: Path
+) -> None:
+    error = refusal("--data-dir", data_dir, "--report", tmp_path, *arguments)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_folder_of_data_is_one_line(tmp_path: Path) -> None:
+    error = refusal("--data-dir", tmp_path / "absent", "--report", tmp_path)
+    assert error.startswith(f"Error: {tmp_path / 'absent'} (from --data-dir): no such folder")
+    assert error.count("\n") == 1
+
+
+def test_a_truncated_file_is_named(data_dir: Path, tmp_path: Path) -> None:
+    for path in data_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+    error = refusal("--data-dir", tmp_path, "--report", tmp_path / "out")
+    assert f"Error: {path}: truncated" in error
+    assert "expected 1568016 bytes, got 1567916" in error
+
+
+def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "--report" in refusal("--report", tmp_path / "file" / "folder")
+    error = refusal("--report", tmp_path, "--json", tmp_path / "absent" / "r.json")
+    assert "--json" in error
+
+
+def test_an_unreachable_scheduler_is_reported_within_ten_seconds(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        start = time.monotonic()
+        error = refusal("--scheduler", address, "--report", tmp_path)
+        assert time.monotonic() - start < 10
+    assert f"no Dask scheduler answered at '{address}'" in error
