@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dask_nn.collectives.slots import SlotCommunicator
-from dask_nn.errors import CollectiveError
+from dask_nn.errors import Aborted, CollectiveError
 
 if TYPE_CHECKING:
     from dask_nn.collectives.rendezvous import Rendezvous
@@ -85,8 +85,12 @@ class SharedMemoryCommunicator(SlotCommunicator):
             self._rendezvous.set(KEY, path.encode())
             return memory
         path = self.await_key(self._rendezvous, KEY).decode()
-        with Path(path).open("r+b") as file:
-            return mmap.mmap(file.fileno(), size_bytes)
+        try:
+            with Path(path).open("r+b") as file:
+                return mmap.mmap(file.fileno(), size_bytes)
+        except FileNotFoundError as error:
+            message = f"rank 0 gave up before rank {self.rank} had mapped {path}"
+            raise Aborted(message) from error
 
     def memory_mapped(self) -> None:
         """Unlink the file: all ranks have mapped it."""

@@ -20,7 +20,6 @@ from distributed import Future
 
 from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
-from dask_nn.controller.cluster import scheduler_address
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.errors import IncompatibleWorkers, RankFailed
 from dask_nn.events import Progress
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from dask_nn.controller.spmd import Listener
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.data.plan import Plan
+    from dask_nn.training.outcome import Status
     from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["run_graph"]
@@ -43,6 +43,8 @@ __all__ = ["run_graph"]
 # Steps of one submission: enough to keep workers busy, few enough to stop soon after Ctrl-C.
 GROUP_STEPS = 16
 POLL_S = 0.2
+# After Ctrl-C the steps under way may take so long to finish.
+STOP_S = 1.2
 
 
 def run_graph(
@@ -102,6 +104,7 @@ class _GraphRun:
         self._additions = fold_program(self._spec.shards, nodes)
         self._bitwise = True
         self._history: list[dict[str, float]] = []
+        self._latest: Snapshot
         self.interrupted = False
 
     def compare_workers(self, addresses: list[str]) -> None:
@@ -127,32 +130,36 @@ class _GraphRun:
         self._bitwise = not different
 
     def train(self) -> RankOutcome:
-        """Go through the epochs."""
-        state = self._client.submit(tasks.first_snapshot, self._payload, self._run_id, pure=False)
-        snapshot: Snapshot = self._wait(state)
-        good = snapshot
-        status = "finished"
-        for epoch in range(self._spec.epochs):
-            good = snapshot
-            state, snapshot, record = self._run_epoch(epoch, state)
-            if snapshot.non_finite:
-                status = "non_finite"
-                break
-            if record is None:
-                status = "stopped"
-                break
-            self._history.append(record)
-            self._listener.on_epoch(record)
+        """Go through the epochs; Ctrl-C ends them with the last snapshot that is known."""
+        first = self._client.submit(tasks.first_snapshot, self._payload, self._run_id, pure=False)
+        epoch_start = self._latest = self._wait(first)
+        status: Status = "stopped"
+        try:
+            state = first
+            for epoch in range(self._spec.epochs):
+                epoch_start = self._latest
+                state, record = self._run_epoch(epoch, state)
+                if record is None:
+                    break
+                self._history.append(record)
+                self._listener.on_epoch(record)
+            else:
+                status = "finished"
+        except KeyboardInterrupt:
+            self.interrupted = True
+        snapshot: Snapshot = self._latest
+        if snapshot.non_finite:
+            status = "non_finite"
         finite = all(
             bool(torch.isfinite(value).all())
             for value in snapshot.weights.values()
             if value.is_floating_point()
         )
-        kept = snapshot if finite else good
+        kept = snapshot if finite else epoch_start
         return RankOutcome(
             rank=0,
-            address=scheduler_address(self._client),
-            status=status,  # type: ignore[arg-type]
+            address=self._client.scheduler.address,
+            status=status,
             steps=snapshot.steps,
             epoch=snapshot.epoch,
             history=self._history,
@@ -170,23 +177,23 @@ class _GraphRun:
 
     def _run_epoch(
         self, epoch: int, state: Future[Any]
-    ) -> tuple[Future[Any], Snapshot, dict[str, float] | None]:
+    ) -> tuple[Future[Any], dict[str, float] | None]:
         plan = self._spec.plan(epoch)
         windows = _Windows(self._client, plan, self._keys, self._spec.fields, self._dtypes)
         started = time.perf_counter()
         partials: list[list[Any]] = [[] for _ in range(self._spec.shards)]
-        snapshot: Snapshot | None = None
         samples = 0
         for first in range(0, plan.num_steps, GROUP_STEPS):
             steps = range(first, min(first + GROUP_STEPS, plan.num_steps))
             state, found = self._submit_group(plan, epoch, steps, state, windows)
-            snapshot = self._wait(state)
+            snapshot: Snapshot = self._wait(state)
+            self._latest = snapshot
             for shard, future in enumerate(found):
                 partials[shard].append(future)
             samples += sum(plan.step_count(t) for t in steps)
             windows.drop_before(steps.stop)
             if snapshot.non_finite or (self.interrupted and steps.stop < plan.num_steps):
-                return state, snapshot, None
+                return state, None
             self._listener.on_progress(
                 Progress(
                     epoch=epoch,
@@ -196,11 +203,8 @@ class _GraphRun:
                     samples_per_s=samples / (time.perf_counter() - started),
                 )
             )
-        if snapshot is None:
-            message = "an epoch has at least one step"
-            raise ValueError(message)
         seconds = time.perf_counter() - started
-        record = {"epoch": float(epoch), "loss": _mean_loss(snapshot)}
+        record = {"epoch": float(epoch), "loss": _mean_loss(self._latest)}
         record |= self._metrics(partials) | self._validate(state)
         record |= {"samples_per_s": plan.num_samples / seconds, "seconds": seconds}
         state = self._client.submit(
@@ -211,7 +215,8 @@ class _GraphRun:
             record.get("val_loss", record["loss"]),
             pure=False,
         )
-        return state, self._wait(state), record
+        self._latest = self._wait(state)
+        return state, record
 
     def _submit_group(
         self, plan: Plan, epoch: int, steps: range, state: Future[Any], windows: _Windows
@@ -294,16 +299,20 @@ class _GraphRun:
         return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
 
     def _wait(self, future: Future[Any]) -> Any:
-        """Give a future's value; Ctrl-C is noted, and a second one raised."""
+        """Give a future's value; Ctrl-C leaves it a moment, for a step boundary to be reached."""
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
+        deadline: float | None = None
         while not done.is_set():
+            if deadline is not None and time.monotonic() > deadline:
+                raise KeyboardInterrupt
             try:
                 done.wait(POLL_S)
             except KeyboardInterrupt:
                 if self.interrupted:
                     raise
                 self.interrupted = True
+                deadline = time.monotonic() + STOP_S
         return future.result()
 
 

@@ -137,9 +137,8 @@ def open_window(
     )
     reader = MemoryReader([tuple(block) for block in blocks])
     rows = new_rows(window.length, fields, dtypes)
-    load_window(numbered, reader, rows)
-    chosen = torch.from_numpy(order)
-    return tuple(torch.index_select(tensor, 0, chosen) for tensor in rows)
+    load_window(numbered, order, reader, rows)
+    return rows
 
 
 def shard_gradient(

@@ -23,6 +23,7 @@ from distributed.utils_comm import gather_from_workers
 
 from dask_nn.collectives.rendezvous import Rendezvous, not_found
 from dask_nn.controller.placement import WorkerFacts
+from dask_nn.controller.quiet import quiet_worker
 
 if TYPE_CHECKING:
     from dask_nn.collectives.base import Communicator
@@ -188,22 +189,25 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
         tell("progress", asdict(progress))
 
     try:
-        return rank_main(
-            content.spec,
-            RankEnvironment(
-                comm=_communicator(worker, seat, content.settings, handle.abort),
-                reader=_reader(worker, content.keys),
-                validation_reader=(
-                    _reader(worker, content.validation_keys) if content.validation_keys else None
+        with quiet_worker(worker):
+            return rank_main(
+                content.spec,
+                RankEnvironment(
+                    comm=_communicator(worker, seat, content.settings, handle.abort),
+                    reader=_reader(worker, content.keys),
+                    validation_reader=(
+                        _reader(worker, content.validation_keys)
+                        if content.validation_keys
+                        else None
+                    ),
+                    address=worker.address,
+                    shared_process=seat.shared_process,
+                    stop_event=handle.stop,
+                    on_start=lambda: tell("start", {}),
+                    on_progress=tell_progress,
+                    on_epoch=lambda record: tell("epoch", {"record": record}),
                 ),
-                address=worker.address,
-                shared_process=seat.shared_process,
-                stop_event=handle.stop,
-                on_start=lambda: tell("start", {}),
-                on_progress=tell_progress,
-                on_epoch=lambda record: tell("epoch", {"record": record}),
-            ),
-        )
+            )
     finally:
         with _handles_lock:
             _handles[seat.run_id].remove(handle)
@@ -236,10 +240,12 @@ class WorkerRendezvous(Rendezvous):
     def get(self, key: str, *, timeout_s: float) -> bytes:
         """Wait for a key at the leader."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and not self._abort.is_set():
+        while not self._abort.is_set():
             found: bytes | None = self._call(action="get", key=key, value=b"")
             if found is not None:
                 return found
+            if time.monotonic() >= deadline:
+                break
         raise not_found(key, timeout_s)
 
     def _call(self, **message: Any) -> Any:

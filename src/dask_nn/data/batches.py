@@ -1,22 +1,23 @@
-"""The batches of a rank's shards, gathered from shuffled windows."""
+"""The batches of a rank's shards, from shuffled windows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dask_nn.data.prefetch import Prefetcher
-from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from dask_nn.data.blocks import Field
-    from dask_nn.data.plan import Piece, Plan, Window
+    from dask_nn.data.plan import Plan, Window
     from dask_nn.data.reader import BlockReader
 
 __all__ = ["Batch", "ShardBatches", "batch_dtypes", "load_window", "new_rows"]
@@ -26,13 +27,12 @@ type Batch = tuple[torch.Tensor, ...]
 
 @dataclass(slots=True)
 class LoadedWindow:
-    """A window's rows, laid end to end, the order in which to take them, and how far it is used.
+    """A window's rows in the order in which they are taken, and how far it is used.
 
     Its first positions are already used up when a run resumes inside it.
     """
 
     rows: tuple[torch.Tensor, ...]
-    order: torch.Tensor
     length: int
     position: int
 
@@ -66,8 +66,13 @@ def new_rows(
     )
 
 
-def load_window(window: Window, reader: BlockReader, rows: tuple[torch.Tensor, ...]) -> None:
-    """Copy a window's pieces, end to end, into one tensor for each field.
+def load_window(
+    window: Window,
+    order: NDArray[np.int64],
+    reader: BlockReader,
+    rows: tuple[torch.Tensor, ...],
+) -> None:
+    """Copy a window's rows, in the order in which they are taken, into one tensor for each field.
 
     The blocks themselves are not kept, so that a worker may spill or release them.
 
@@ -75,37 +80,23 @@ def load_window(window: Window, reader: BlockReader, rows: tuple[torch.Tensor, .
     ----------
     window : Window
         Which pieces.
+    order : ndarray of int64, shape (window.length,)
+        The plan's order of the window's rows.
     reader : BlockReader
-        Where they are.
+        Where the pieces are.
     rows : tuple of Tensor
         Shape (at least window.length, ...).
-
-    Raises
-    ------
-    DataError
-        If a block is not what its array said.
     """
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    targets = [tensor.numpy() for tensor in rows]
     start = 0
     for piece in window.pieces:
         stop = start + piece.stop - piece.start
         block = reader.read(piece.block)
-        for target, array in zip(rows, block, strict=True):
-            _copy(target[start:stop], array[piece.start : piece.stop], piece)
+        for target, array in zip(targets, block, strict=True):
+            target[place[start:stop]] = array[piece.start : piece.stop]
         start = stop
-
-
-def _copy(target: torch.Tensor, found: np.ndarray[Any, Any], piece: Piece) -> None:
-    if found.shape != target.shape:  # NumPy would repeat a single row without a word
-        message = (
-            f"block {piece.block} gave an array of shape {found.shape} for its rows "
-            f"{piece.start} to {piece.stop}, expected {tuple(target.shape)}; is the chunk size "
-            "that its Dask array tells true?"
-        )
-        raise DataError(message)
-    if target.dtype == torch.bfloat16:  # unknown to NumPy
-        target.copy_(torch.from_numpy(found.astype(np.float32)))
-    else:
-        np.copyto(target.numpy(), found, casting="unsafe")
 
 
 class ShardBatches:
@@ -169,7 +160,7 @@ class ShardBatches:
         """Give the next ``count`` rows of a shard, one new contiguous tensor for each field."""
         window = self._open.get(shard)
         if window is not None and window.position + count <= window.length:
-            return _gather(window, count)
+            return _take(window, count)
         parts = []
         while count:
             if window is None or window.position == window.length:
@@ -177,7 +168,7 @@ class ShardBatches:
                     self._free.append(window.rows)
                 window = self._open[shard] = self._prefetcher.take(shard, check=self._check)
             taken = min(count, window.length - window.position)
-            parts.append(_gather(window, taken))
+            parts.append(_take(window, taken))
             count -= taken
         if len(parts) == 1:
             return parts[0]
@@ -200,9 +191,8 @@ class ShardBatches:
     def _load(self, plan: Plan, shard: int, j: int, first_position: int) -> LoadedWindow:
         window = plan.windows(shard)[j]
         rows = self._rows_for(plan, window.length)
-        load_window(window, self._reader, rows)
-        order = torch.from_numpy(plan.window_order(shard, j))
-        return LoadedWindow(rows, order, window.length, max(0, first_position - window.start))
+        load_window(window, plan.window_order(shard, j), self._reader, rows)
+        return LoadedWindow(rows, window.length, max(0, first_position - window.start))
 
     def _rows_for(self, plan: Plan, length: int) -> tuple[torch.Tensor, ...]:
         """Take a free buffer, or make one that fits every window of the plan's kind."""
@@ -213,9 +203,8 @@ class ShardBatches:
         return new_rows(min(longest, plan.num_samples), self._fields, self._dtypes)
 
 
-def _gather(window: LoadedWindow, count: int) -> Batch:
-    """Take the next rows of a window."""
-    stop = window.position + count
-    chosen = window.order[window.position : stop]
-    window.position = stop
-    return tuple([rows.index_select(0, chosen) for rows in window.rows])
+def _take(window: LoadedWindow, count: int) -> Batch:
+    """Copy the next rows of a window."""
+    start = window.position
+    stop = window.position = start + count
+    return tuple([rows[start:stop].clone() for rows in window.rows])

@@ -55,6 +55,9 @@ class LocalFold:
             Writes the leaf of a shard: ``compute(shard, views)``.
         """
         for slot, (node, program) in zip(slots, self._programs, strict=True):
+            if len(program) == 1:
+                compute(node.lo, self._views_of(slot))
+                continue
             stack = [self._views_of(slot), *self._scratch]
             top = 0
             for shard, merges in zip(range(node.lo, node.hi), program, strict=True):

@@ -97,12 +97,11 @@ class ShardRandomness:
                 untouched = torch.equal(torch.default_generator.get_state(), before)
             if untouched:
                 return result
-        with _generator.alone():
+        with _generator.alone(), restored_generator():
             self._reseed(step, shard)
             before = torch.default_generator.get_state()
             result = compute()
-            after = torch.default_generator.get_state()
-        self._draws = not torch.equal(before, after)
+            self._draws = not torch.equal(torch.default_generator.get_state(), before)
         return result
 
     def _reseed(self, step: int, shard: int) -> None:
