@@ -20,6 +20,7 @@ from distributed import Future
 
 from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
+from dask_nn.controller.cluster import scheduler_address
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.errors import IncompatibleWorkers, RankFailed
 from dask_nn.events import Progress
@@ -158,7 +159,7 @@ class _GraphRun:
         kept = snapshot if finite else epoch_start
         return RankOutcome(
             rank=0,
-            address=self._client.scheduler.address,
+            address=scheduler_address(self._client),
             status=status,
             steps=snapshot.steps,
             epoch=snapshot.epoch,
