@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dask_nn.data.prefetch import Prefetcher
+from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dask_nn.data.blocks import Field
-    from dask_nn.data.plan import Plan, Window
+    from dask_nn.data.plan import Piece, Plan, Window
     from dask_nn.data.reader import BlockReader
 
 __all__ = ["Batch", "ShardBatches", "batch_dtypes", "load_window", "new_rows"]
@@ -86,17 +87,36 @@ def load_window(
         Where the pieces are.
     rows : tuple of Tensor
         Shape (at least window.length, ...).
+
+    Raises
+    ------
+    DataError
+        If a block is not what its array said.
     """
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    targets = [tensor.numpy() for tensor in rows]
     start = 0
     for piece in window.pieces:
         stop = start + piece.stop - piece.start
         block = reader.read(piece.block)
-        for target, array in zip(targets, block, strict=True):
-            target[place[start:stop]] = array[piece.start : piece.stop]
+        for tensor, array in zip(rows, block, strict=True):
+            _put(tensor, place[start:stop], array[piece.start : piece.stop], piece)
         start = stop
+
+
+def _put(tensor: torch.Tensor, place: NDArray[np.int64], found: NDArray[Any], piece: Piece) -> None:
+    expected = (len(place), *tensor.shape[1:])
+    if found.shape != expected:  # NumPy would repeat a single row without a word
+        message = (
+            f"block {piece.block} gave an array of shape {found.shape} for its rows {piece.start} "
+            f"to {piece.stop}, expected {expected}; is the chunk size that its Dask array tells "
+            "true?"
+        )
+        raise DataError(message)
+    if tensor.dtype == torch.bfloat16:  # unknown to NumPy
+        tensor[torch.from_numpy(place)] = torch.from_numpy(found.astype(np.float32)).bfloat16()
+    else:
+        tensor.numpy()[place] = found
 
 
 class ShardBatches:
