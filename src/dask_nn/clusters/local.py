@@ -41,7 +41,7 @@ def local_cluster(
     processes: bool = True,
     preload: Sequence[str] = ("torch",),
     dashboard_address: str = "127.0.0.1:8787",
-    close_timeout_s: float = 1.0,
+    close_timeout_s: float = 0.5,
 ) -> Iterator[Client]:
     """Run a cluster on this machine for the length of a ``with`` block.
 
@@ -61,7 +61,7 @@ def local_cluster(
         Modules that the workers import before they take work.
     dashboard_address : str, default "127.0.0.1:8787"
         Where the dashboard listens; another port is taken where this one is busy.
-    close_timeout_s : float, default 1.0
+    close_timeout_s : float, default 0.5
         What is still alive so many seconds after the block ended is killed.
 
     Yields
