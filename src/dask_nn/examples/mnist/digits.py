@@ -42,8 +42,8 @@ def cached_digits(folder: Path, *, train: int = 60_000, test: int = 10_000) -> D
     made = make_digits(train=train, test=test)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            np.savez(file, **vars(made))
+        with whole_file(path) as target:
+            np.savez(target, **vars(made))
     return made
 
 
@@ -110,9 +110,9 @@ def _vary(large: np.ndarray, rows: np.ndarray, random: np.random.Generator) -> n
     from scipy import ndimage
 
     count = len(rows)
-    angle = np.deg2rad(12 * (2 * random.random(count) - 1))
-    zoom = np.exp(0.15 * (2 * random.random((2, count)) - 1))
-    shift = 2 * (2 * random.random((2, count)) - 1)
+    angle = np.deg2rad(10 * (2 * random.random(count) - 1))
+    zoom = np.exp(0.1 * (2 * random.random((2, count)) - 1))
+    shift = 1.5 * (2 * random.random((2, count)) - 1)
     # Where each pixel of the result comes from, in the middle's coordinates.
     middle = (_SIDE - 1) / 2
     down, right = np.mgrid[:_SIDE, :_SIDE].reshape(2, -1) - middle
