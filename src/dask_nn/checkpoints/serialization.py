@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,10 @@ from safetensors.torch import save
 
 from dask_nn.checkpoints.whole_file import whole_file
 from dask_nn.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
 
 __all__ = ["load_weights", "save_weights", "weights_sha256"]
 

@@ -208,7 +208,8 @@ def _persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da
         return {}
     if client is not None:
         kept = dict(zip(arrays, client.persist(values), strict=True))
-        _wait(kept)
+        with client.as_current():  # where wait looks for its client
+            _wait(kept)
         return kept
     try:
         return dict(zip(arrays, dask.persist(*values), strict=True))

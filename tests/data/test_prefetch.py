@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from dask_nn.data.prefetch import Prefetcher
+
+
+class Loads:
+    """Loads that say which of them ran."""
+
+    def __init__(self, *lanes: int) -> None:
+        self.lanes = lanes
+        self.ran: list[int] = []
+        self.progressed = threading.Condition()
+
+    def __iter__(self):
+        for number, lane in enumerate(self.lanes):
+            yield lane, lambda number=number: self.load(number)
+
+    def load(self, number: int) -> int:
+        with self.progressed:
+            self.ran.append(number)
+            self.progressed.notify_all()
+        return number
+
+    def wait_for(self, count: int) -> bool:
+        with self.progressed:
+            return self.progressed.wait_for(lambda: len(self.ran) >= count, 5)
+
+
+def start(loads, lanes, **options) -> Prefetcher[int]:
+    prefetcher: Prefetcher[int] = Prefetcher(loads, lanes=lanes, **options)
+    prefetcher.start()
+    return prefetcher
+
+
+def test_every_lane_gets_its_loads_in_order():
+    prefetcher = start(Loads(0, 1, 0, 1, 1, 0), range(2))
+    assert [prefetcher.take(lane) for lane in (0, 1, 0, 1, 1, 0)] == [0, 1, 2, 3, 4, 5]
+    prefetcher.close()
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_no_more_than_wanted_is_loaded_ahead(ahead):
+    loads = Loads(*[0] * 20)
+    prefetcher = start(loads, [0], ahead=ahead)
+    assert loads.wait_for(ahead + 1)  # one more is held by the thread itself
+    for taken in range(5):
+        assert prefetcher.take(0) == taken
+        assert loads.wait_for(taken + ahead + 2)
+        assert len(loads.ran) <= taken + ahead + 2
+    prefetcher.close()
+
+
+def test_closing_ends_the_thread_while_lanes_are_full():
+    prefetcher = start(Loads(*[0, 1] * 20), range(2))
+    assert prefetcher.take(0) == 0
+    prefetcher.close()
+    prefetcher.close()
+    assert not prefetcher._thread.is_alive()
+
+
+def test_closing_before_the_start_is_harmless():
+    Prefetcher(Loads(0), lanes=[0]).close()
+
+
+def test_an_error_arrives_in_every_lane_after_what_was_loaded():
+    def loads():
+        yield 0, lambda: 1
+
+        def fail():
+            message = "gone"
+            raise OSError(message)
+
+        yield 1, fail
+
+    prefetcher = start(loads(), range(2))
+    assert prefetcher.take(0) == 1
+    for lane in (1, 0):
+        with pytest.raises(OSError, match="gone"):
+            prefetcher.take(lane)
+    prefetcher.close()
+
+
+def test_an_error_of_the_order_itself_arrives_too():
+    def loads():
+        yield 0, lambda: 1
+        message = "no plan"
+        raise ValueError(message)
+
+    prefetcher = start(loads(), [0])
+    assert prefetcher.take(0) == 1
+    with pytest.raises(ValueError, match="no plan"):
+        prefetcher.take(0)
+    prefetcher.close()
+
+
+def test_a_wait_asks_whether_to_go_on():
+    release = threading.Event()
+    prefetcher = start([(0, lambda: release.wait(5))], [0])
+    asked = []
+
+    def check():
+        asked.append(1)
+        if len(asked) == 2:
+            release.set()
+
+    assert prefetcher.take(0, check=check) is True
+    assert len(asked) >= 2
+    prefetcher.close()
