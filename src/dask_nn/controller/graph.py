@@ -10,6 +10,7 @@ import contextlib
 import pickle
 import threading
 import time
+import traceback
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,9 @@ def run_graph(
         listener.on_start()
         return [run.train()], run.interrupted
     except RankFailed as error:
+        # A future refers to its error, and the error to the frames that hold the run's futures.
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         outcome = RankOutcome(
             rank=error.rank,
             address=error.address,

@@ -166,7 +166,7 @@ def _remedy(spec: TrainingSpec, batch: tuple[torch.Tensor, ...], error: Exceptio
     """Guess what to say about the most common mistakes."""
     if "does not have a deterministic implementation" in str(error):
         return ". Synchronous(bitwise=False) allows it, and weights may differ from run to run"
-    if isinstance(error, UserWarning):
+    if "Using a target size" in str(error):
         return ". Reshape y, or let the model squeeze its output"
     if spec.transform is None and not batch[0].is_floating_point():
         return (

@@ -149,6 +149,9 @@ def _failed(
     env: RankEnvironment, standing: _Standing, status: Status, error: BaseException
 ) -> RankOutcome:
     state = standing.state
+    text = "".join(traceback.format_exception(error))
+    # What failed may refer to itself, and would keep the gang's memory until somebody collects it.
+    traceback.clear_frames(error.__traceback__)
     return RankOutcome(
         rank=env.comm.rank,
         address=env.address,
@@ -156,7 +159,7 @@ def _failed(
         steps=state.steps if state is not None else 0,
         epoch=state.epoch if state is not None else 0,
         error=f"{type(error).__name__}: {error}",
-        traceback="".join(traceback.format_exception(error)),
+        traceback=text,
         exception=error if isinstance(error, DaskNNError) else None,
         collective=env.comm.name,
     )
