@@ -120,7 +120,11 @@ class _GraphRun:
             )
             for address in addresses
         ]
-        digests = self._client.gather(futures)
+        try:
+            digests = self._client.gather(futures)
+        finally:
+            for future in futures:
+                future.release()
         different = [
             address
             for address, digest in zip(addresses, digests, strict=True)
