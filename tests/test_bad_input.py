@@ -93,7 +93,7 @@ class Complex(nn.Module):
 
 
 def number(output: torch.Tensor, target: torch.Tensor) -> float:
-    return float((output[:, 0] - target).mean())
+    return float((output.detach()[:, 0] - target).mean())
 
 
 def labels(*, last: int) -> np.ndarray:

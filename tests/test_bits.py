@@ -171,7 +171,7 @@ CASES = {
     "integer and boolean buffers": Case(203, Ones),
     "blocks stay with their shard": Case(203, perceptron, {"shuffle": "within"}),
     "data in its own order": Case(203, perceptron, {"shuffle": False}),
-    "double precision": Case(208, lambda: normalized().double(), {"batch_size": 40}),
+    "double precision": Case(208, lambda: normalized().double()),
 }
 ON_CLUSTERS = (
     ("ragged last batch, validation and metrics", "spmd"),
@@ -317,7 +317,8 @@ def test_two_workers_in_one_process_give_these_bits(threads_client, name, engine
 @pytest.mark.parametrize(
     ("workers", "engine"), [(1, "spmd"), (3, "spmd"), (3, "graph"), (4, "spmd"), (8, "spmd")]
 )
-def test_any_number_of_workers_gives_these_bits(_quiet_dask, monkeypatch, workers, engine):
+@pytest.mark.usefixtures("_quiet_dask")
+def test_any_number_of_workers_gives_these_bits(monkeypatch, workers, engine):
     monkeypatch.setattr(worker_side, "cpu_count", lambda: 8)
     with (
         LocalCluster(

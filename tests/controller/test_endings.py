@@ -79,7 +79,7 @@ def everything(x: torch.Tensor) -> torch.Tensor:
 
 
 class Breaking(Callback):
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: type[BaseException]) -> None:
         self.error = error
 
     def on_epoch_end(self, record):
@@ -146,11 +146,11 @@ ENDINGS = {
     "an exception of all ranks": ({"transform": everything}, RankFailed),
     "a loss that is no number": ({"transform": spoil}, NonFiniteLoss),
     "an exception of a callback": (
-        {"callbacks": [Breaking(OSError("no disk"))], "epochs": 10_000},
+        {"callbacks": [Breaking(OSError)], "epochs": 10_000},
         OSError,
     ),
     "Ctrl-C": (
-        {"callbacks": [Breaking(KeyboardInterrupt())], "epochs": 10_000},
+        {"callbacks": [Breaking(KeyboardInterrupt)], "epochs": 10_000},
         TrainingInterrupted,
     ),
 }
