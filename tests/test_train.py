@@ -14,7 +14,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Client, wait
+from distributed import Client, LocalCluster, wait
 from torch import nn
 from torch.optim import SGD
 from torchmetrics.classification import MulticlassAccuracy
@@ -401,15 +401,23 @@ def test_persisted_data_is_used_where_it_lies(client, blobs, chunked):
     np.testing.assert_array_equal(X.compute(), blobs.X)
 
 
-def test_blocks_that_are_still_computed_are_waited_for(threads_client, monkeypatch, blobs, chunked):
-    """Ranks come before other tasks, and do not look for a block again and again."""
+@pytest.mark.usefixtures("_quiet_dask")
+def test_blocks_that_are_still_computed_are_waited_for(monkeypatch, blobs, chunked):
+    """A rank looks for blocks, and would find that the slowest one lies nowhere yet."""
     monkeypatch.setattr(worker_side, "FETCH_TRIES", 1)
 
-    def slow(block: np.ndarray) -> np.ndarray:
-        time.sleep(0.1)  # it is the work of this block
+    def slow(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+        if block_info[0]["chunk-location"][0] == len(chunked.chunks[0]) - 1:
+            time.sleep(0.5)  # it is the work of this block
         return block
 
     targets = da.from_array(blobs.X[:, :4], chunks=(70, 4))
     X = chunked.map_blocks(slow, meta=blobs.X[:0])
-    result = dask_nn.train(network(), X, targets, **options(loss=nn.MSELoss()))
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0"
+        ) as cluster,
+        Client(cluster),
+    ):
+        result = dask_nn.train(network(), X, targets, **options(loss=nn.MSELoss()))
     assert np.isfinite(result.history[0]["loss"])
