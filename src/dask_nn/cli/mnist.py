@@ -67,7 +67,7 @@ class _Places:
 @click.option(
     "--hidden", type=_POSITIVE, default=128, show_default=True, help="Width of the hidden layer."
 )
-@click.option("--shards", type=_POSITIVE, help="Logical replicas. Default: one per rank.")
+@click.option("--shards", type=_POSITIVE, help="Logical replicas. Default: one per worker.")
 @click.option(
     "--engine",
     type=click.Choice(["spmd", "graph"]),

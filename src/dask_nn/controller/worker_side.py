@@ -194,9 +194,15 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                 content.spec,
                 RankEnvironment(
                     comm=_communicator(worker, seat, content.settings, handle.abort),
-                    reader=_reader(worker, content.keys),
+                    reader=_reader(
+                        worker,
+                        content.keys,
+                        size_bytes=content.spec.size_bytes,
+                        uses=content.spec.epochs / seat.world_size,
+                    ),
                     validation_reader=(
-                        _reader(worker, content.validation_keys)
+                        # A rank validates on the same blocks after every epoch.
+                        _reader(worker, content.validation_keys, size_bytes=0, uses=0)
                         if content.validation_keys
                         else None
                     ),
@@ -300,7 +306,10 @@ def _communicator(
     )
 
 
-def _reader(worker: Worker, keys: tuple[tuple[Any, ...], ...]) -> Any:
+def _reader(
+    worker: Worker, keys: tuple[tuple[Any, ...], ...], *, size_bytes: int, uses: float
+) -> Any:
+    """Make the reader of some blocks of this size in all, each read ``uses`` times by this rank."""
     from dask_nn.data.reader import ClusterReader
 
     limit = worker.memory_manager.memory_limit
@@ -317,11 +326,13 @@ def _reader(worker: Worker, keys: tuple[tuple[Any, ...], ...]) -> Any:
         message = f"blocks {missing} are on no worker any more; was their future cancelled?"
         raise RuntimeError(message)
 
+    cache_bytes = int(limit * CACHE_SHARE) if limit else CACHE_WITHOUT_LIMIT_BYTES
     return ClusterReader(
         keys,
         own=worker.data,
         fetch=lambda wanted: sync(worker.loop, gather, wanted),
-        cache_bytes=int(limit * CACHE_SHARE) if limit else CACHE_WITHOUT_LIMIT_BYTES,
+        cache_bytes=cache_bytes,
+        fetch_whole=uses >= 1 and size_bytes <= cache_bytes,
     )
 
 

@@ -58,6 +58,10 @@ class ClusterReader(BlockReader):
         From a list of keys to the values, from wherever they are.
     cache_bytes : int
         Size of fetched blocks that are kept.
+    fetch_whole : bool
+        Fetch all foreign blocks at once when the first is needed: for a data set that fits the
+        cache and of which every block will be needed here sooner or later, one exchange is much
+        cheaper than one for each block, spread over the first epochs.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class ClusterReader(BlockReader):
         own: Any,
         fetch: Callable[[list[Any]], list[Any]],
         cache_bytes: int,
+        fetch_whole: bool = False,
     ) -> None:
         self._keys = keys
         self._own = own
@@ -74,6 +79,7 @@ class ClusterReader(BlockReader):
         self._cache_bytes = cache_bytes
         self._cached: OrderedDict[Any, Any] = OrderedDict()
         self._cached_bytes = 0
+        self._fetch_whole = fetch_whole
         self._lock = threading.Lock()
 
     def read(self, block: int) -> Block:
@@ -82,7 +88,14 @@ class ClusterReader(BlockReader):
             keys = self._keys[block]
             values = {key: self._look_up(key) for key in keys}
             missing = [key for key, value in values.items() if value is None]
-            if missing:
+            if missing and self._fetch_whole:
+                self._fetch_whole = False
+                foreign = [key for keys in self._keys for key in keys if key not in self._own]
+                found = dict(zip(foreign, map(np.asarray, self._fetch(foreign)), strict=True))
+                for key, value in found.items():
+                    self._keep(key, value)
+                values |= {key: found[key] for key in missing}
+            elif missing:
                 for key, value in zip(missing, self._fetch(missing), strict=True):
                     values[key] = np.asarray(value)
                     self._keep(key, values[key])

@@ -54,6 +54,11 @@ class TrainingSpec:
     progress_interval_s: float = 0.2
     sample: tuple[np.ndarray[Any, Any], ...] | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """Stored size of the training data."""
+        return sum(self.block_lengths) * sum(field.row_bytes for field in self.fields)
+
     def plan(self, epoch: int) -> Plan:
         """Give the order of samples of one epoch."""
         return _plan(self, epoch)
