@@ -15,11 +15,11 @@ from dask_nn.examples.mnist.compare import (
     check,
     evaluate_parallel,
     run_sequential,
-    to_cluster,
     train_parallel,
 )
 from dask_nn.examples.mnist.data import Dataset
 from dask_nn.examples.mnist.digits import make_digits
+from dask_nn.examples.mnist.layout import to_cluster
 from dask_nn.examples.mnist.report import (
     describe_speedup,
     draw_curves,

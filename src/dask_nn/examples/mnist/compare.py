@@ -8,14 +8,12 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-import dask.array as da
 import torch
-from dask.delayed import delayed
-from distributed import wait
 
 from dask_nn.api import evaluate, predict, train
 from dask_nn.data.plan import Plan
 from dask_nn.errors import ConfigurationError, TrainingInterrupted
+from dask_nn.examples.mnist.layout import to_cluster
 from dask_nn.examples.mnist.model import make_model, scale
 from dask_nn.examples.mnist.sequential import best_loop, guide_loop
 from dask_nn.training.strategies import Synchronous
@@ -41,11 +39,8 @@ __all__ = [
     "evaluate_parallel",
     "run_sequential",
     "score",
-    "to_cluster",
     "train_parallel",
 ]
-
-_ROWS_PER_BLOCK = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,40 +267,6 @@ def score(model: torch.nn.Module, digits: Digits, client: Client | None) -> dict
         return _scores(model, digits.test_images, digits.test_labels, None)
     images = to_cluster(client, digits.test_images)
     return _scores(model, images, to_cluster(client, digits.test_labels), client)
-
-
-def to_cluster(client: Client, values: np.ndarray, rows: int = _ROWS_PER_BLOCK) -> da.Array:
-    """Lay an array out over the workers, block by block in turns.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        A client of the cluster.
-    values : numpy.ndarray
-        Of any shape with at least one axis.
-    rows : int, default 2,000
-        Rows of a block.
-
-    Returns
-    -------
-    dask.array.Array
-        Persisted; block i of any two arrays of the same length is on the same worker.
-    """
-    addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
-    blocks = [values[start : start + rows] for start in range(0, len(values), rows)]
-    futures: list[Any] = [None] * len(blocks)
-    for place, address in enumerate(addresses[: len(blocks)]):
-        turns = slice(place, None, len(addresses))
-        futures[turns] = client.scatter(blocks[turns], workers=[address], hash=False)
-    array = da.concatenate(
-        [
-            da.from_delayed(delayed(future), shape=block.shape, dtype=block.dtype)
-            for future, block in zip(futures, blocks, strict=True)
-        ]
-    )
-    persisted: da.Array = client.persist(array)
-    wait(persisted)
-    return persisted
 
 
 def _scores(
