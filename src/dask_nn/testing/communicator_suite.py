@@ -140,6 +140,11 @@ def close_early_and_often(communicator: Communicator, opens: bool) -> None:
     communicator.close()
 
 
+# A leak grows with every repetition; what else lives in the process, such as the connections of a
+# test cluster, comes and goes by a few.
+REPEATS = 5
+
+
 def open_resources(communicator: Communicator, leaf_size: int) -> None:
     """Use everything once."""
     exchange_leaves(communicator, communicator.world_size + 1, leaf_size, 2, "float32")
@@ -325,14 +330,14 @@ class CommunicatorSuite:
         files = shared_memory_files()
         values(gang.run(world_size, open_resources, 300_000))
         before = [*values(gang.run(1, count_resources)), resources()]
-        for leaf_size in (10, 300_000):
-            values(gang.run(world_size, open_resources, leaf_size))
+        for turn in range(REPEATS):
+            values(gang.run(world_size, open_resources, 300_000 if turn % 2 else 10))
         after = [*values(gang.run(1, count_resources)), resources()]
         for (files_0, threads_0, _), (files_1, threads_1, maps_1) in zip(
             before, after, strict=True
         ):
-            assert files_1 <= files_0, "open files were left behind"
-            assert threads_1 <= threads_0, "threads were left behind"
+            assert files_1 < files_0 + REPEATS, "open files were left behind"
+            assert threads_1 < threads_0 + REPEATS, "threads were left behind"
             assert maps_1 == 0, "shared memory is still mapped"
         assert shared_memory_files() <= files
 
@@ -387,13 +392,13 @@ class PeerSuite:
         self.check_woken(gang, "collect", "abort", "Aborted", WAKE_S)
         files = shared_memory_files()
         before = [*values(gang.run(1, count_resources)), resources()]
-        for _ in range(2):
+        for _ in range(REPEATS):
             self.check_woken(gang, "collect", "abort", "Aborted", WAKE_S)
         after = [*values(gang.run(1, count_resources)), resources()]
         for (files_0, threads_0, _), (files_1, threads_1, maps_1) in zip(
             before, after, strict=True
         ):
-            assert files_1 <= files_0
-            assert threads_1 <= threads_0
+            assert files_1 < files_0 + REPEATS
+            assert threads_1 < threads_0 + REPEATS
             assert maps_1 == 0
         assert shared_memory_files() <= files
