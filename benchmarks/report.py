@@ -129,9 +129,17 @@ def seconds(duration_s: float) -> str:
 
 def _epochs(comparison: Comparison) -> Table:
     table = Table(title=comparison.title, title_justify="left", title_style="")
-    table.add_column("training")
-    table.add_column("ranks x threads")
-    for heading in ("s/epoch", "fastest", "slowest", "epochs", "images/s", "loss", "dask-nn is"):
+    table.add_column("training", no_wrap=True)
+    table.add_column("ranks x\nthreads")
+    for heading in (
+        "s/epoch",
+        "fastest",
+        "slowest",
+        "epochs",
+        "images/s",
+        "loss",
+        "dask-nn is\nfaster by",
+    ):
         table.add_column(heading, justify="right")
     for system in comparison.systems:
         found = comparison.measured[system.key]
@@ -145,7 +153,7 @@ def _epochs(comparison: Comparison) -> Table:
             f"{len(found.epoch_s)}",
             f"{comparison.num_images / found.median_s:,.0f}",
             f"{found.loss:.4f}",
-            "" if system.key == comparison.own else f"{ratio:.2f} x as fast",
+            "" if system.key == comparison.own else f"{ratio:.2f} x",
         )
     return table
 
