@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from benchmarks.report import layout
 
 if TYPE_CHECKING:
@@ -42,16 +44,17 @@ def _draw_epochs(axes: Any, comparison: Comparison) -> None:
         f"{system.label}\n{layout(found)}: {found.median_s:.2f} s"
         for system, found in zip(comparison.systems, measured, strict=True)
     ]
+    quartiles = [np.percentile(found.epoch_s, [25, 75]) for found in measured]
     reach = [
-        [found.median_s - min(found.epoch_s) for found in measured],
-        [max(found.epoch_s) - found.median_s for found in measured],
+        [middle - low for middle, (low, _) in zip(medians, quartiles, strict=True)],
+        [high - middle for middle, (_, high) in zip(medians, quartiles, strict=True)],
     ]
     axes.barh(range(len(medians)), medians, color=colors, xerr=reach, ecolor="#444444", capsize=3)
     axes.set_yticks(range(len(medians)), labels)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_title(comparison.title.replace(": ", "\n"), loc="left", fontsize=10)
-    axes.set_xlabel("seconds per epoch: median, fastest to slowest")
+    axes.set_xlabel("seconds per epoch: median and quartiles")
     axes.spines[["top", "right"]].set_visible(False)
 
 

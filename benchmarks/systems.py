@@ -147,7 +147,7 @@ def _dask_nn(task: Task, ranks: int, shards: int | None) -> Measurement:
 
     from dask_nn.api import train
     from dask_nn.clusters.local import local_cluster
-    from dask_nn.examples.mnist.compare import to_cluster
+    from dask_nn.examples.mnist.layout import to_cluster
     from dask_nn.examples.mnist.model import scale
     from dask_nn.training.strategies import Synchronous
 
