@@ -84,6 +84,14 @@ def test_an_error_arrives_in_every_lane_after_what_was_loaded():
     prefetcher.close()
 
 
+def test_an_error_passes_a_lane_that_is_full():
+    prefetcher = start([(0, lambda: 1), (1, lambda: 1 / 0)], range(2))
+    with pytest.raises(ZeroDivisionError):
+        prefetcher.take(1)
+    assert prefetcher.take(0) == 1
+    prefetcher.close()
+
+
 def test_an_error_of_the_order_itself_arrives_too():
     def loads():
         yield 0, lambda: 1

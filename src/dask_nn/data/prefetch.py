@@ -40,9 +40,9 @@ class Prefetcher[T]:
         ahead: int = 1,
     ) -> None:
         self._loads = loads
-        self._lanes: dict[int, queue.Queue[T | BaseException]] = {
-            lane: queue.Queue(ahead) for lane in lanes
-        }
+        self._lanes: dict[int, queue.Queue[T]] = {lane: queue.Queue(ahead) for lane in lanes}
+        # Beside the lanes: a full one would keep the error from a consumer that waits at another.
+        self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dask-nn-prefetch", daemon=True)
 
@@ -63,19 +63,18 @@ class Prefetcher[T]:
         Raises
         ------
         Exception
-            Whatever the load raised.
+            Whatever a load raised, in every lane that has nothing left from before.
         """
         waiting = self._lanes[lane]
         while True:
+            failed = self._error  # read first: what was loaded before it is in its lane by now
             try:
-                item = waiting.get(timeout=POLL_S)
+                return waiting.get(block=failed is None, timeout=POLL_S)
             except queue.Empty:
+                if failed is not None:
+                    raise failed from None
                 if check is not None:
                     check()
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            return item
 
     def close(self) -> None:
         """Stop loading and wait for the thread to end."""
@@ -96,10 +95,9 @@ class Prefetcher[T]:
                 if not self._put(lane, load()):
                     return
         except BaseException as error:
-            for lane in self._lanes:
-                self._put(lane, error)
+            self._error = error
 
-    def _put(self, lane: int, item: T | BaseException) -> bool:
+    def _put(self, lane: int, item: T) -> bool:
         while not self._stopped.is_set():
             with contextlib.suppress(queue.Full):
                 self._lanes[lane].put(item, timeout=POLL_S)
