@@ -129,6 +129,13 @@ def test_ignored_labels_count_nowhere() -> None:
     assert found["accuracy"] == pytest.approx(right)
 
 
+def test_soft_labels_are_compared_by_the_largest() -> None:
+    y = RNG.dirichlet(np.ones(4), size=60).astype(np.float32)
+    found = evaluate(network(), ragged(X), y, loss=nn.CrossEntropyLoss())
+    right = (outputs(network()).argmax(dim=1).numpy() == y.argmax(axis=1)).mean()
+    assert found["accuracy"] == pytest.approx(right)
+
+
 def test_one_output_is_a_binary_task() -> None:
     y = (VALUES > 0).astype(np.float32)
     found = evaluate(Flat(), ragged(X), y, metrics=["auroc"], loss=nn.BCEWithLogitsLoss())
@@ -214,6 +221,7 @@ class Locked(nn.Module):
     [
         (LABELS[:50], {}, DataError, "X has 60, y has 50"),
         (LABELS + 1, {}, DataError, "labels from 1 to 4.*from 0 to 3"),
+        (LABELS + 1.0, {}, DataError, "labels from 1.0 to 4.0.*from 0 to 3"),
         (LABELS - 1, {"loss": nn.CrossEntropyLoss()}, DataError, "labels from -1 to 2"),
         (VALUES, {"loss": nn.CrossEntropyLoss(), "metrics": ()}, DataError, r"float32 \(n,\)"),
         (VALUES, {"loss": nn.MSELoss(), "metrics": ()}, DataError, r"outputs float32 \(n, 4\)"),

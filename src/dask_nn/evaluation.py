@@ -70,7 +70,8 @@ def evaluate(
     metrics : str, Metric, sequence of them, or mapping of str to them
         Names, such as ``"accuracy"``, or torchmetrics objects.
     loss : callable, optional
-        ``loss(outputs, targets)`` returning a scalar; its mean over all rows is ``"loss"``.
+        ``loss(outputs, targets)`` returning a scalar; its mean over all rows is ``"loss"``, also
+        for a loss with ``reduction="sum"``.
     sample_weight : dask.array.Array or array_like, optional
         Shape (num_rows,). They weigh the loss, not the metrics.
     batch_size : int
@@ -83,7 +84,8 @@ def evaluate(
     Returns
     -------
     dict of str to float
-        ``"loss"`` if wanted, then the metrics in the order given.
+        ``"loss"`` if wanted, then the metrics in the order given. What a metric computes in
+        float32 is given as the shortest decimal that rounds to it.
 
     Raises
     ------
@@ -180,12 +182,14 @@ def _criteria(
     if objective is not None:
         check_loss(objective, output, target)
     check_metrics(resolved, output, target)
-    are_labels = ignore_index is not None or any(map(classifies, resolved.values()))
+    metrics_need_labels = any(map(classifies, resolved.values()))
+    integers = y.dtype.kind in "iu"  # to the loss alone, floats of a cross entropy are shares
+    are_labels = metrics_need_labels or (integers and ignore_index is not None)
     num_classes = num_outputs if task == "multiclass" or ignore_index is not None else 2
     return _Criteria(
         metrics=resolved,
         loss=objective,
-        num_classes=num_classes if are_labels and y.dtype.kind in "iu" else None,
+        num_classes=num_classes if are_labels else None,
         ignore_index=ignore_index,
     )
 
