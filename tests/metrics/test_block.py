@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dask_nn.metrics.block import block_partials
-from dask_nn.metrics.merge import LossPartial, compute, merge_named
+from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.metrics.names import resolve
 from dask_nn.metrics.objective import Objective
 
@@ -49,13 +49,12 @@ def test_the_model_keeps_its_mode_and_its_buffers() -> None:
     MODEL[2].train()
 
 
-def test_a_sum_stays_a_sum() -> None:
-    objective = Objective(nn.CrossEntropyLoss(reduction="sum"), weighted=False)
-    parts = block_partials(MODEL, X, Y, metrics={}, loss=objective, batch_size=8)
-    loss = parts["loss"]
-    assert isinstance(loss, LossPartial)
-    assert not loss.divides
-    assert loss.value == loss.total
+def test_a_loss_that_is_a_sum_is_averaged_over_rows() -> None:
+    parts = {}
+    for reduction in ("sum", "mean"):
+        objective = Objective(nn.CrossEntropyLoss(reduction=reduction), weighted=False)
+        parts |= {reduction: block_partials(MODEL, X, Y, metrics={}, loss=objective, batch_size=8)}
+    assert compute({}, parts["sum"]) == pytest.approx(compute({}, parts["mean"]), rel=1e-6)
 
 
 def test_a_run_can_go_on_after_it() -> None:

@@ -79,8 +79,7 @@ def block_partials(
             stream.update(output, targets[rows])
     partials: dict[str, Partial] = {}
     if objective is not None:
-        divides = objective.kind != "sum"
-        partials["loss"] = LossPartial(total=total, normalizer=normalizer, divides=divides)
+        partials["loss"] = LossPartial(total=total, normalizer=normalizer)
     return partials | {name: stream.partial() for name, stream in streams.items()}
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dask_nn.errors import ConfigurationError
@@ -83,13 +85,10 @@ class LossPartial(Partial):
         The sum of the losses, in float64.
     normalizer : float
         The sum of what they are divided by, in float64.
-    divides : bool
-        False for a loss that is a sum over samples: its value is ``total``.
     """
 
     total: float
     normalizer: float
-    divides: bool = True
 
     def merged(self, right: Self) -> Self:
         """Merge with the partial of the samples that follow."""
@@ -101,9 +100,7 @@ class LossPartial(Partial):
 
     @property
     def value(self) -> float:
-        """The loss of all samples, NaN for none."""
-        if not self.divides:
-            return self.total
+        """The mean loss of all samples, NaN for none."""
         return self.total / self.normalizer if self.normalizer else float("nan")
 
 
@@ -178,7 +175,9 @@ def compute(metrics: Mapping[str, Metric], partials: Mapping[str, Partial]) -> d
     Returns
     -------
     dict of str to float
-        In the order of ``partials``. A metric that has seen no samples gives NaN.
+        In the order of ``partials``. A metric that has seen no samples gives NaN. Most metrics
+        compute float32; such a value becomes the shortest decimal that rounds to it, as NumPy
+        prints it: 0.8889, not 0.8888999819755554.
 
     Raises
     ------
@@ -208,7 +207,13 @@ def _flatten(name: str, value: Any) -> Iterable[tuple[str, float]]:
             "curves are no metrics here: use the area under them, or predict and compute them"
         )
     elif value.numel() == 1:
-        yield name, float(value)
+        yield name, _number(value)
     else:
         for index, inner in enumerate(value):
             yield from _flatten(f"{name}_{index}", inner)
+
+
+def _number(value: Tensor) -> float:
+    if value.dtype == torch.float32:
+        return float(str(np.float32(value.item())))
+    return float(value)
