@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -61,3 +62,21 @@ def test_a_listener_that_is_no_scheduler_is_reported_within_the_deadline() -> No
         with pytest.raises(SchedulerUnreachable, match=address):
             connect(address, timeout_s=1)
         assert time.monotonic() - start < 4
+
+
+def test_a_listener_of_another_protocol_is_reported() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.recv(1)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(SchedulerUnreachable, match=address):
+            connect(address, timeout_s=5)
+        thread.join(5)
+        assert not thread.is_alive()

@@ -40,11 +40,15 @@ def connect(address: str, timeout_s: float = 10) -> Client:
             kind = LoopRunner().run_sync(_kind, address, timeout_s)
             if kind == "Scheduler":
                 return Client(address, timeout=timeout_s)
-        reason = f"a Dask {kind.lower()} did"
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except Exception as error:
+        # Also MemoryError: what another protocol says is read as the length of a message.
         lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else "no answer"
-    raise SchedulerUnreachable(
+        raise _unreachable(address, timeout_s, lines[0] if lines else "no answer") from error
+    raise _unreachable(address, timeout_s, f"a Dask {kind.lower()} did")
+
+
+def _unreachable(address: str, timeout_s: float, reason: str) -> SchedulerUnreachable:
+    return SchedulerUnreachable(
         f"no Dask scheduler answered at {address!r} within {timeout_s:g} s ({reason}); expected "
         "the address that `dask scheduler` prints, such as tcp://10.0.0.5:8786"
     )
