@@ -98,7 +98,8 @@ def test_an_archive_of_arrays_is_refused(weights: Path, source: Path, tmp_path: 
         np.savez(file, images=IMAGES)
     result = invoke(weights, source, tmp_path / "labels.npy")
     assert result.exit_code == 2
-    assert "expected one array" in result.stderr
+    assert "expected a whole NumPy file (.npy)" in result.stderr
+    assert "pickle" not in result.stderr
 
 
 def test_missing_files_and_folders_are_named(weights: Path, source: Path, tmp_path: Path) -> None:
@@ -107,6 +108,9 @@ def test_missing_files_and_folders_are_named(weights: Path, source: Path, tmp_pa
     result = invoke(weights, source, tmp_path / "absent" / "labels.npy")
     assert result.exit_code == 2
     assert "its folder does not exist" in result.stderr
+    result = invoke(weights, source, tmp_path)
+    assert result.exit_code == 2
+    assert "is a directory" in result.stderr
     result = invoke(tmp_path / "none.safetensors", source, tmp_path / "labels.npy")
     assert result.exit_code == 2
     assert "none.safetensors: no such file" in result.stderr

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dask_nn.cli.interrupts import ending_at_once
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,17 +29,18 @@ __all__ = ["predict"]
 @click.option(
     "--output",
     "target",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="NumPy file to write: int64 labels (n,), or float32 probabilities (n, 10).",
 )
 @click.option("--proba", is_flag=True, help="Write probabilities instead of labels.")
 def predict(*, weights: Path, source: Path, target: Path, proba: bool) -> None:
     """Read the digits of images with saved weights."""
-    from dask_nn.api import predict as predict_rows
-    from dask_nn.checkpoints.serialization import load_weights
-    from dask_nn.errors import DataError
-    from dask_nn.examples.mnist.model import model_from_weights, scale
+    with ending_at_once():
+        from dask_nn.api import predict as predict_rows
+        from dask_nn.checkpoints.serialization import load_weights
+        from dask_nn.errors import DataError
+        from dask_nn.examples.mnist.model import model_from_weights, scale
 
     if not target.absolute().parent.is_dir():
         raise DataError(f"{target}: its folder does not exist, expected one to write to")
@@ -49,8 +52,6 @@ def predict(*, weights: Path, source: Path, target: Path, proba: bool) -> None:
 
 
 def _read(path: Path) -> np.ndarray:
-    from zipfile import BadZipFile
-
     import numpy as np
 
     from dask_nn.errors import DataError
@@ -59,11 +60,10 @@ def _read(path: Path) -> np.ndarray:
         raise DataError(f"{path}: no such file, expected a NumPy file of images")
     try:
         with path.open("rb") as file:
-            images = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise DataError(f"{path}: expected a whole NumPy file of images, but {error}") from error
-    if not isinstance(images, np.ndarray):
-        raise DataError(f"{path}: expected one array (.npy), got an archive of several (.npz)")
+            # np.load would also take archives and pickles, and advise to trust the latter.
+            images = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected a whole NumPy file (.npy) of images: {error}") from error
     if images.dtype != np.uint8 or images.shape[1:] not in {(784,), (28, 28), (1, 28, 28)}:
         raise DataError(
             f"{path}: expected uint8 images of shape (n, 784), (n, 28, 28) or (n, 1, 28, 28), "
