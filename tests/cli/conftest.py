@@ -41,9 +41,10 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tmp_path: Path, temporary: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start ``dask-nn`` with arguments in an empty folder and a process group of its own."""
 
-    def popen(*arguments: Any) -> subprocess.Popen[str]:
+    def popen(*arguments: Any, verbose: bool = False) -> subprocess.Popen[str]:
+        options = ["-X", "importtime"] if verbose else []
         return subprocess.Popen(
-            [sys.executable, "-m", "dask_nn.cli.main", *map(str, arguments)],
+            [sys.executable, *options, "-m", "dask_nn.cli.main", *map(str, arguments)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)},
             stdout=subprocess.PIPE,

@@ -120,6 +120,20 @@ def test_an_interrupt_of_the_sequential_loop_saves_its_weights(
     assert group_is_gone(process.pid)
 
 
+def test_an_interrupt_of_the_imports_ends_at_once(start: Start, tmp_path: Path) -> None:
+    """The log of imports says when the first big one is under way."""
+    with start("mnist", verbose=True) as process:
+        for line in process.stderr:
+            if line.rstrip().endswith("torch.version"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Interrupted.\n" in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_explodes_keeps_the_last_good_weights(
     run: Run, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -129,7 +143,8 @@ def test_a_loss_that_explodes_keeps_the_last_good_weights(
     assert done.returncode == 2
     assert "Error: the loss became" in done.stderr
     assert "at step" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "--lr is 1e+30" in done.stderr
+    assert done.stderr.count("\n") == 1
     weights, _ = load_weights(tmp_path / "report" / "weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
@@ -141,10 +156,12 @@ def test_a_loss_that_explodes_keeps_the_last_good_weights(
         ("--workers", 0),
         ("--batch-size", 0),
         ("--hidden", -1),
+        ("--hidden", 10**12),
         ("--shards", 0),
         ("--engine", "steam"),
         ("--lr", "much"),
         ("--seed", -1),
+        ("--seed", 10**30),
         ("--scheduler", "tcp://127.0.0.1:1", "--workers", 2),
     ],
 )
@@ -169,7 +186,8 @@ def test_a_job_that_cannot_work_is_one_line(
 
 
 def test_a_missing_folder_of_data_is_one_line(tmp_path: Path) -> None:
-    error = refusal("--data-dir", tmp_path / "absent", "--report", tmp_path)
+    error = refusal("--data-dir", tmp_path / "absent", "--report", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
     assert error.startswith(f"Error: {tmp_path / 'absent'} (from --data-dir): no such folder")
     assert error.count("\n") == 1
 
@@ -184,10 +202,11 @@ def test_a_truncated_file_is_named(data_dir: Path, tmp_path: Path) -> None:
     assert "expected 1568016 bytes, got 1567916" in error
 
 
-def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "--report" in refusal("--report", tmp_path / "file" / "folder")
-    error = refusal("--report", tmp_path, "--json", tmp_path / "absent" / "r.json")
+    data = ("--data-dir", data_dir)
+    assert "--report" in refusal(*data, "--report", tmp_path / "file" / "folder")
+    error = refusal(*data, "--report", tmp_path, "--json", tmp_path / "absent" / "r.json")
     assert "--json" in error
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from distributed import Client, wait
 
 from dask_nn.errors import ConfigurationError, TrainingInterrupted
@@ -118,16 +119,28 @@ def test_a_job_that_cannot_work_is_refused_before_any_training(job: Job, message
         check(job, 2_000)
 
 
-def test_an_interrupted_loop_hands_over_what_it_has_trained(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("finished", "steps", "saved"), [(0, 1, 0), (0, 0, None), (1, 1, 1), (1, 0, 0)]
+)
+def test_an_interrupted_loop_hands_over_what_is_trained(
+    monkeypatch: pytest.MonkeyPatch, finished: int, steps: int, saved: int | None
 ) -> None:
-    trained = []
+    """An interrupted loop counts from its first step on; until then, the loop before it does."""
+    models: list[torch.nn.Module] = []
 
-    def interrupted(model: object, *_: object, **__: object) -> None:
-        trained.append(model)
-        raise KeyboardInterrupt
+    def loop(model: torch.nn.Module, *_: object, **__: object) -> None:
+        models.append(model)
+        if len(models) <= finished or steps:
+            with torch.no_grad():
+                model.fc2.bias.add_(1)
+        if len(models) > finished:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "guide_loop", interrupted)
+    monkeypatch.setattr(module, "guide_loop", loop)
+    monkeypatch.setattr(module, "best_loop", loop)
     with pytest.raises(TrainingInterrupted) as caught:
         run_sequential(JOB, DIGITS, lambda *_: None)
-    assert caught.value.result.model is trained[0]
+    if saved is None:
+        assert caught.value.result is None
+    else:
+        assert caught.value.result.model is models[saved]

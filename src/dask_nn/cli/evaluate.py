@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dask_nn.cli.interrupts import ending_at_once
+
 __all__ = ["evaluate"]
 
 
@@ -32,11 +34,12 @@ def evaluate(*, weights: Path, data_dir: Path | None, scheduler: str | None) -> 
     """Test saved weights on the test images and print loss and accuracy."""
     from contextlib import closing, nullcontext
 
-    from dask_nn.checkpoints.serialization import load_weights
-    from dask_nn.clusters.connect import connect
-    from dask_nn.examples.mnist.compare import score
-    from dask_nn.examples.mnist.data import load
-    from dask_nn.examples.mnist.model import model_from_weights
+    with ending_at_once():
+        from dask_nn.checkpoints.serialization import load_weights
+        from dask_nn.clusters.connect import connect
+        from dask_nn.examples.mnist.compare import score
+        from dask_nn.examples.mnist.data import load
+        from dask_nn.examples.mnist.model import model_from_weights
 
     model = model_from_weights(load_weights(weights)[0])
     dataset = load(data_dir)

@@ -8,6 +8,7 @@ import click
 
 import dask_nn
 from dask_nn.cli.evaluate import evaluate
+from dask_nn.cli.interrupts import EXIT_INTERRUPTED
 from dask_nn.cli.mnist import mnist
 from dask_nn.cli.predict import predict
 from dask_nn.errors import CollectiveError, DaskNNError, NonFiniteLoss, TrainingError
@@ -16,7 +17,6 @@ __all__ = ["main", "nn"]
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 
 class _Group(click.Group):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dask_nn.cli.interrupts import ending_at_once
+
 if TYPE_CHECKING:
     from typing import Any
 
@@ -29,6 +31,10 @@ _CONNECT_TIMEOUT_S = 5
 # What ranks need; an optimizer imports torch._dynamo when the first one is made.
 _PRELOAD = ("torch._dynamo", "dask_nn.training.rank_main", "dask_nn.controller.worker_side")
 _POSITIVE = click.IntRange(min=1)
+# Wider, and the weights alone take gigabytes.
+_WIDTH = click.IntRange(min=1, max=1_000_000)
+# What torch takes for a seed.
+_SEED = click.IntRange(min=0, max=2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ class _Places:
 )
 @click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of SGD.")
 @click.option(
-    "--hidden", type=_POSITIVE, default=128, show_default=True, help="Width of the hidden layer."
+    "--hidden", type=_WIDTH, default=128, show_default=True, help="Width of the hidden layer."
 )
 @click.option("--shards", type=_POSITIVE, help="Logical replicas. Default: one per worker.")
 @click.option(
@@ -77,7 +83,7 @@ class _Places:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=_SEED,
     default=0,
     show_default=True,
     help="Sets the first weights and the order of the images.",
@@ -122,11 +128,10 @@ def mnist(
         report=report,
         json=json_path,
     )
-    _make_folders(places)
+    with ending_at_once():
+        from rich.console import Console
 
-    from rich.console import Console
-
-    from dask_nn.examples.mnist.compare import Job
+        from dask_nn.examples.mnist.compare import Job
 
     job = Job(hidden_size=hidden, **options)
     console = Console(highlight=False, soft_wrap=True)
@@ -154,12 +159,8 @@ def _make_folders(places: _Places) -> None:
 def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) -> Comparison:
     from dask_nn.clusters.connect import connect
     from dask_nn.clusters.local import local_cluster
-    from dask_nn.errors import NonFiniteLoss, TrainingInterrupted
-    from dask_nn.examples.mnist.compare import (
-        Comparison,
-        check,
-        evaluate_parallel,
-    )
+    from dask_nn.errors import ConfigurationError, NonFiniteLoss
+    from dask_nn.examples.mnist.compare import Comparison, check, evaluate_parallel
     from dask_nn.examples.mnist.data import load
 
     with ExitStack() as stack:
@@ -170,8 +171,11 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
         if dataset.note:
             console.print(f"Note: {dataset.note}")
         check(job, len(dataset.digits.train_labels))
+        _make_folders(places)
+        sequential: Sequential | None = None
         try:
-            sequential = _train_sequential(job, dataset, console) if with_sequential else None
+            if with_sequential:
+                sequential = _train_sequential(job, dataset, console)
             if client is None:
                 client = stack.enter_context(
                     local_cluster(places.workers, places.threads_per_worker, preload=_PRELOAD)
@@ -179,15 +183,18 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
             console.print(f"\ndask-nn on {client.scheduler_info()['address']}")
             console.print(f"Dashboard: {client.dashboard_link}")
             result = _train_parallel(job, dataset.digits, client, console)
-        except TrainingInterrupted as interrupt:
-            raise KeyboardInterrupt(_save_unfinished(interrupt, places, job)) from interrupt
         except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt("Interrupted; nothing was trained yet.") from interrupt
+            message = _save_unfinished(interrupt, sequential, places, job)
+            raise KeyboardInterrupt(message) from interrupt
         except NonFiniteLoss as error:
+            message = (
+                f"the loss became {error.value} at step {error.step}, and training stopped before "
+                f"that update; --lr is {job.lr:g}, a lower one often helps"
+            )
             if error.result is not None:
                 _save(error.result.model, places, job)
-                click.echo(f"The last good weights are in {places.weights}.", err=True)
-            raise
+                message += f". The last good weights are in {places.weights}"
+            raise ConfigurationError(message) from error
         _save(result.model, places, job)
         try:
             parallel = evaluate_parallel(result, dataset.digits, client)
@@ -223,12 +230,21 @@ def _train_parallel(job: Job, digits: Digits, client: Client, console: Console) 
         return train_parallel(job, digits, client, [progress])
 
 
-def _save_unfinished(interrupt: KeyboardInterrupt, places: _Places, job: Job) -> str:
+def _save_unfinished(
+    interrupt: KeyboardInterrupt, sequential: Sequential | None, places: _Places, job: Job
+) -> str:
+    """Save what an interrupted run has trained, and say where it is."""
     result = getattr(interrupt, "result", None)
-    if result is None:
-        return "Interrupted; nothing was trained yet."
-    _save(result.model, places, job)
-    return f"Interrupted; what is trained so far is in {places.weights}."
+    if result is not None:
+        _save(result.model, places, job)
+        return f"Interrupted; what is trained so far is in {places.weights}."
+    if sequential is not None:
+        _save(sequential.model, places, job)
+        return (
+            "Interrupted before the first step of dask-nn; what the best plain loop trained is in "
+            f"{places.weights}."
+        )
+    return "Interrupted; nothing was trained yet."
 
 
 def _save(model: torch.nn.Module, places: _Places, job: Job) -> None:

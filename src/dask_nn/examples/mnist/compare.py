@@ -74,10 +74,19 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential:
-    """What the two loops without Dask reached."""
+    """What the two loops without Dask reached.
+
+    Parameters
+    ----------
+    guide, best : LoopResult
+        Of either loop.
+    model : torch.nn.Module
+        The network that the best loop trained.
+    """
 
     guide: LoopResult
     best: LoopResult
+    model: torch.nn.Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +211,10 @@ def run_sequential(
     Raises
     ------
     TrainingInterrupted
-        On Ctrl-C, with what the loop has trained so far.
+        On Ctrl-C, with what the loop, or else the one before, has trained so far.
     """
-    results = {}
+    results: dict[str, LoopResult] = {}
+    trained: torch.nn.Module | None = None
     for name, loop in (("guide", guide_loop), ("best", best_loop)):
         model = make_model(job.hidden_size, job.seed)
         try:
@@ -218,8 +228,17 @@ def run_sequential(
                 on_epoch_end=partial(on_epoch_end, name),
             )
         except KeyboardInterrupt as interrupt:
-            raise TrainingInterrupted(Unfinished(model=model)) from interrupt
-    return Sequential(**results)
+            if _differs(model, make_model(job.hidden_size, job.seed)):
+                trained = model
+            unfinished = None if trained is None else Unfinished(model=trained)
+            raise TrainingInterrupted(unfinished) from interrupt
+        trained = model
+    return Sequential(guide=results["guide"], best=results["best"], model=model)
+
+
+def _differs(model: torch.nn.Module, fresh: torch.nn.Module) -> bool:
+    pairs = zip(model.parameters(), fresh.parameters(), strict=True)
+    return any(not torch.equal(own, other) for own, other in pairs)
 
 
 def train_parallel(
