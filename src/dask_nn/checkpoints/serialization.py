@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-__all__ = ["load_weights", "save_weights", "weights_sha256"]
+__all__ = ["load_weights", "save_weights", "weights_sha256", "weights_to_bytes"]
 
 # safetensors writes tensors sorted by dtype and name; the order of the state dict is kept apart.
 _ORDER = "dask_nn.order"
@@ -70,6 +70,19 @@ def save_weights(
         If the file cannot be written; names the file.
     """
     target = Path(path)
+    data = weights_to_bytes(state_dict, metadata)
+    try:
+        with whole_file(target) as file:
+            file.write(data)
+    except OSError as error:
+        message = f"{target}: weights cannot be written there: {error.strerror or error}"
+        raise CheckpointError(message) from error
+
+
+def weights_to_bytes(
+    state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Make the content of a safetensors file that `load_weights` reads."""
     tensors = {name: tensor.detach().to("cpu") for name, tensor in state_dict.items()}
     # Tied weights share memory, which the format refuses; each name gets bytes of its own.
     tensors = {
@@ -81,12 +94,7 @@ def save_weights(
         _ORDER: json.dumps(list(tensors)),
         _SHA256: weights_sha256(tensors),
     }
-    try:
-        with whole_file(target) as file:
-            file.write(save(tensors, metadata=header))
-    except OSError as error:
-        message = f"{target}: weights cannot be written there: {error.strerror or error}"
-        raise CheckpointError(message) from error
+    return save(tensors, metadata=header)
 
 
 def load_weights(

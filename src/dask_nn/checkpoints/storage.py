@@ -1,0 +1,115 @@
+"""Files of checkpoints on any file system that fsspec knows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from dask_nn.checkpoints.whole_file import whole_file
+from dask_nn.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Storage"]
+
+
+class Storage:
+    """A folder of checkpoints.
+
+    On a local (or mounted) file system every file is written aside, synchronised to disk and
+    renamed; object stores make a file appear whole or not at all by themselves.
+
+    Parameters
+    ----------
+    url : str
+        The folder.
+
+    Raises
+    ------
+    CheckpointError
+        If the URL's kind is not known or its package is missing.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._fs, self._root = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            message = f"checkpoints cannot be written to {url}: {error}"
+            raise CheckpointError(message) from error
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """Give the path of something below the folder, for humans."""
+        return posixpath.join(self.url.rstrip("/"), *parts)
+
+    def folders(self) -> list[str]:
+        """Give the names of the folders below, sorted; none if there is nothing yet."""
+        self._fs.invalidate_cache()
+        try:
+            entries: Iterable[dict[str, Any]] = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        names = (posixpath.basename(entry["name"].rstrip("/")) for entry in entries)
+        return sorted(name for name in names if name)
+
+    def read(self, folder: str, name: str) -> bytes:
+        """Read a whole file.
+
+        Raises
+        ------
+        OSError
+            If it is missing or cannot be read.
+        """
+        data: bytes = self._fs.cat_file(self._join(folder, name))
+        return data
+
+    def exists(self, folder: str, name: str) -> bool:
+        """Tell whether there is such a file."""
+        return bool(self._fs.exists(self._join(folder, name)))
+
+    def write(self, folder: str, name: str, data: bytes) -> None:
+        """Write a file that is whole or absent.
+
+        Raises
+        ------
+        OSError
+            If that fails; what was there before stays.
+        """
+        target = self._join(folder, name)
+        self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        if not self._is_local:
+            self._fs.pipe_file(target, data)
+            return
+        with whole_file(target) as file:
+            file.write(data)
+        _sync_folder(Path(target).parent)
+
+    def remove(self, folder: str, name: str | None = None) -> None:
+        """Remove a file or a whole folder, if it is there."""
+        target = self._root_of(folder) if name is None else self._join(folder, name)
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(target, recursive=name is None)
+
+    def _root_of(self, folder: str) -> str:
+        return posixpath.join(self._root, folder) if folder else self._root
+
+    def _join(self, folder: str, name: str) -> str:
+        return posixpath.join(self._root_of(folder), name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
