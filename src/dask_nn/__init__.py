@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dask_nn.api import evaluate, predict, train
     from dask_nn.callbacks.base import Callback
+    from dask_nn.checkpoints.options import Checkpoint
+    from dask_nn.controller.failure_policy import Recovery
     from dask_nn.training.result import TrainingResult
     from dask_nn.training.strategies import Synchronous
 
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Callback": "dask_nn.callbacks.base",
+    "Checkpoint": "dask_nn.checkpoints.options",
+    "Recovery": "dask_nn.controller.failure_policy",
     "Synchronous": "dask_nn.training.strategies",
     "TrainingResult": "dask_nn.training.result",
     "evaluate": "dask_nn.api",
@@ -28,6 +32,8 @@ _HOME = {
 
 __all__ = [
     "Callback",
+    "Checkpoint",
+    "Recovery",
     "Synchronous",
     "TrainingResult",
     "evaluate",

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from distributed import Client
 from distributed.client import default_client
 
+from dask_nn.checkpoints.options import Checkpoint
 from dask_nn.config import settings
+from dask_nn.controller.failure_policy import Recovery
 from dask_nn.controller.options import Engine, Options
 from dask_nn.controller.preparation import prepare
+from dask_nn.controller.resume import open_checkpoints
 from dask_nn.controller.run import execute
 from dask_nn.errors import ClusterError, ConfigurationError
 from dask_nn.evaluation import evaluate
@@ -18,6 +21,7 @@ from dask_nn.inference import predict
 from dask_nn.training.strategies import Synchronous
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
@@ -51,6 +55,9 @@ def train(
     seed: int = 0,
     shuffle: bool | str = True,
     window: int | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    recovery: Recovery | None = None,
     callbacks: Sequence[Callback] = (),
     device: str = "cpu",
     client: Client | None = None,
@@ -105,6 +112,14 @@ def train(
         shard; False keeps the order of the data.
     window : int, optional
         Blocks among which a shard shuffles; from the settings if not given.
+    checkpoint : Checkpoint, str or path, optional
+        Where the run is saved, as a URL that all workers and this process can reach; a plain path
+        or URL saves after every epoch.
+    resume : bool
+        Go on from the newest valid checkpoint there, at exactly the next step, on any number of
+        workers; start from the beginning if there is none.
+    recovery : Recovery, optional
+        How to go on when workers are lost, hang or join; ``Recovery()`` if not given.
     callbacks : sequence of Callback
         Told how it goes.
     device : {"cpu", "cuda"}
@@ -126,7 +141,9 @@ def train(
     NonFiniteLoss
         If the loss became NaN or infinite; carries the last good state.
     WorkerLost
-        If a worker of the gang died.
+        If workers were lost and `recovery` says not to go on without them.
+    CheckpointError
+        If checkpoints cannot be written where they shall go, or none there can be read.
     TrainingInterrupted
         A KeyboardInterrupt: after Ctrl-C; carries what is trained so far.
     """
@@ -149,11 +166,15 @@ def train(
         window=window,
         callbacks=callbacks,
         device=device,
+        checkpoint=Checkpoint.of(checkpoint),
+        resume=resume,
+        recovery=recovery or Recovery(),
     )
     in_force = settings()
     client = _find_client(client)
+    saved = open_checkpoints(options.checkpoint, resume=resume)
     prepared = prepare(
-        options,
+        options if saved is None else options.with_layout_of(saved.configuration),
         X,
         y,
         sample_weight=sample_weight,
@@ -168,6 +189,9 @@ def train(
         client=client,
         settings=in_force,
         called_s=called_s,
+        recovery=options.recovery,
+        checkpoint=options.checkpoint,
+        saved=saved,
     )
 
 

@@ -73,7 +73,22 @@ class SchedulerUnreachable(ClusterError):
 
 
 class IncompatibleWorkers(ClusterError):
-    """Workers differ from the client or from each other in a way that forbids training."""
+    """Workers differ from the client or from each other in a way that forbids training.
+
+    Parameters
+    ----------
+    message : str
+        What differs.
+    addresses : tuple of str
+        The workers that differ, where they are known.
+    """
+
+    def __init__(self, message: str, addresses: tuple[str, ...] = ()) -> None:
+        super().__init__(message, addresses)
+        self.addresses = addresses
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CollectiveError(DaskNNError):
@@ -155,23 +170,29 @@ class NonFiniteLoss(TrainingError):
 
 
 class WorkerLost(TrainingError):
-    """A worker of the gang left the cluster while it trained.
+    """Workers were lost while they trained, and the run could not go on without them.
 
     Parameters
     ----------
     address : str
-        The worker's address.
+        The worker's address; empty if the gang broke without one to blame.
     rank : int
-        The rank that ran on it.
+        The rank that ran on it; -1 if none did.
+    reason : str
+        Why the run did not go on.
     """
 
-    def __init__(self, address: str, rank: int) -> None:
-        super().__init__(address, rank)
+    def __init__(self, address: str, rank: int, reason: str = "") -> None:
+        super().__init__(address, rank, reason)
         self.address = address
         self.rank = rank
+        self.reason = reason
 
     def __str__(self) -> str:
-        return f"worker {self.address}, which ran rank {self.rank}, left the cluster"
+        if not self.address:
+            return f"the gang broke: {self.reason}"
+        what = f"worker {self.address}, which ran rank {self.rank}, was lost"
+        return f"{what}, and training did not go on: {self.reason}" if self.reason else what
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from dask_nn.events import Progress, RunInfo
+    from dask_nn.events import Event, Progress, RunInfo
 
 __all__ = ["Callback"]
 
@@ -27,6 +27,9 @@ class Callback:
 
     def on_epoch_end(self, record: dict[str, float]) -> None:
         """Take note of a finished epoch; `record` is its entry in the history."""
+
+    def on_event(self, event: Event) -> None:
+        """Take note of a failure, a decision, a resize, a checkpoint, or an epoch's end."""
 
     def on_train_end(self, result: Any) -> None:
         """Take note of the result, which is what ``train`` returns."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
+    from dask_nn.events import Event, RunInfo
     from dask_nn.events import Progress as Report
-    from dask_nn.events import RunInfo
 
 __all__ = ["RichProgress", "describe"]
 
@@ -45,6 +45,41 @@ def describe(values: dict[str, float]) -> str:
     if "samples_per_s" in values:
         parts.append(f"{values['samples_per_s']:,.0f} samples/s")
     return "  ".join(parts)
+
+
+def sentence(event: Event) -> str | None:
+    """Say in one sentence what happened; None for what needs no words.
+
+    Parameters
+    ----------
+    event : Event
+        Of a run.
+    """
+    details = event.details
+    match event.name:
+        case "recovered":
+            lost = ", ".join(details["lost"])
+            what = f"worker {lost} lost" if lost else "the gang broke"
+            return (
+                f"{what} at step {details['step']:,}, going on with {_ranks(details)} after "
+                f"{details['seconds']:.1f} s"
+            )
+        case "resized":
+            return f"going on with {_ranks(details)} from step {details['step']:,}"
+        case "worker-refused":
+            return f"worker {details['address']} takes no part: {details['reason']}"
+        case "checkpoint-failed":
+            reason = details.get("reason") or details.get("error")
+            return f"a checkpoint could not be written: {reason}"
+        case "resumed":
+            return f"resumed from {details['path']} at step {details['steps']:,}"
+        case _:
+            return None
+
+
+def _ranks(details: dict[str, Any]) -> str:
+    count = details["ranks"]
+    return f"{count} rank" if count == 1 else f"{count} ranks"
 
 
 class RichProgress(Callback):
@@ -113,6 +148,12 @@ class RichProgress(Callback):
         if bar is not None:
             self._draw(int(bar.tasks[0].total or 1), values)
         self.close()
+
+    def on_event(self, event: Event) -> None:
+        """Print a line for what a user wants to know: losses, resizes, failed checkpoints."""
+        line = sentence(event)
+        if line is not None:
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, result: Any) -> None:
         """Close what is still open."""

@@ -48,6 +48,7 @@ def local_cluster(
     threads_per_worker: int = 1,
     *,
     processes: bool = True,
+    memory_limit: str | float | None = "auto",
     preload: Sequence[str] = ("torch",),
     dashboard_address: str = "127.0.0.1:8787",
     close_timeout_s: float = 0.5,
@@ -66,6 +67,8 @@ def local_cluster(
         Threads in which each worker runs tasks.
     processes : bool, default True
         Workers in processes of their own, else in threads of this process.
+    memory_limit : str, float or None, default "auto"
+        Memory of each worker, as Dask understands it.
     preload : sequence of str, default ("torch",)
         Modules that the workers import before they take work.
     dashboard_address : str, default "127.0.0.1:8787"
@@ -107,6 +110,7 @@ def local_cluster(
                 n_workers=workers,
                 threads_per_worker=threads_per_worker,
                 processes=processes,
+                memory_limit=memory_limit,
                 local_directory=scratch,
                 scheduler_kwargs={"local_directory": scratch},
                 dashboard_address=dashboard_address,

@@ -56,6 +56,7 @@ class Communicator(ABC):
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.abort_event = abort_event or threading.Event()
+        self.beats = 0
 
     @abstractmethod
     def open(
@@ -139,6 +140,7 @@ class Communicator(ABC):
 
     def check_abort(self) -> None:
         """Raise :class:`~dask_nn.errors.Aborted` if this rank was told to stop."""
+        self.beats += 1  # who asks is alive: whoever watches this rank looks at the count
         if self.abort_event.is_set():
             message = f"rank {self.rank} was told to end its exchange"
             raise Aborted(message)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.placement import WorkerFacts
 from dask_nn.controller.worker_side import describe
 from dask_nn.errors import ClusterError, IncompatibleWorkers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Sequence
+    from concurrent.futures import Future
 
     from distributed import Client
 
-__all__ = ["check_versions", "inspect_workers", "scheduler_address"]
+__all__ = [
+    "ask_workers",
+    "check_versions",
+    "client_versions",
+    "in_loop",
+    "inspect_workers",
+    "scheduler_address",
+]
 
 LISTED = 5
 
@@ -50,6 +59,57 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     workers = [WorkerFacts(**answer) for answer in answers.values()]
     check_versions(workers, client_versions())
     return workers
+
+
+def in_loop[T](client: Client, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run a coroutine in a client's event loop; its future has a deadline where Dask has none."""
+    loop: Any = client.loop
+    return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+
+
+def ask_workers(
+    client: Client,
+    function: Callable[..., Any],
+    addresses: Sequence[str],
+    *arguments: Any,
+    timeout_s: float,
+) -> Future[dict[str, Any]]:
+    """Call a function on some workers at once, without waiting for those that hang.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    function : callable
+        As for ``Client.run``.
+    addresses : sequence of str
+        The workers.
+    *arguments
+        Of the function.
+    timeout_s : float
+        What has not answered by then counts as a TimeoutError.
+
+    Returns
+    -------
+    concurrent.futures.Future
+        From address to answer, or to the exception in its place.
+    """
+
+    async def ask(address: str) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                answers = await client._run(  # noqa: SLF001  (Client.run waits for all, for ever)
+                    function, *arguments, workers=[address], on_error="return"
+                )
+            return answers.get(address, KeyError(address))
+        except Exception as error:
+            return error
+
+    async def ask_all() -> dict[str, Any]:
+        answers = await asyncio.gather(*map(ask, addresses))
+        return dict(zip(addresses, answers, strict=True))
+
+    return in_loop(client, ask_all())
 
 
 def scheduler_address(client: Client) -> str:

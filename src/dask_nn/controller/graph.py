@@ -8,33 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import queue
 import threading
 import time
 import traceback
 import uuid
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dask
 import torch
-from distributed import Future
+from distributed import Future, KilledWorker
+from distributed.client import FutureCancelledError
 
 from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.controller.cluster import scheduler_address
 from dask_nn.data.batches import batch_dtypes
-from dask_nn.errors import IncompatibleWorkers, RankFailed
-from dask_nn.events import Progress
+from dask_nn.errors import ClusterError, IncompatibleWorkers, RankFailed, WorkerLost
+from dask_nn.events import Event, Progress
 from dask_nn.metrics.merge import compute, merge_named
+from dask_nn.training.checkpointing import Checkpointer
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from distributed import Client
 
+    from dask_nn.controller.failure_policy import Recovery
+    from dask_nn.controller.listening import Listener
     from dask_nn.controller.placement import Seating
-    from dask_nn.controller.spmd import Listener
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.data.plan import Plan
     from dask_nn.training.outcome import Status
@@ -50,7 +58,13 @@ STOP_S = 1.2
 
 
 def run_graph(
-    payload: RankPayload, *, client: Client, seating: Seating, listener: Listener
+    payload: RankPayload,
+    *,
+    client: Client,
+    seating: Seating,
+    listener: Listener,
+    recovery: Recovery,
+    restore_blocks: Callable[[], None],
 ) -> tuple[list[RankOutcome], bool]:
     """Train by tasks.
 
@@ -64,6 +78,10 @@ def run_graph(
         Its workers are compared before training; tasks may run on any worker.
     listener : Listener
         Told of starts, progress and epochs.
+    recovery : Recovery
+        How often to start again where the scheduler cannot go on by itself.
+    restore_blocks : callable
+        Puts blocks that only the client can make again back on the cluster.
 
     Returns
     -------
@@ -72,7 +90,13 @@ def run_graph(
     bool
         Whether Ctrl-C ended the run.
     """
-    run = _GraphRun(payload, client=client, listener=listener)
+    run = _GraphRun(
+        payload,
+        client=client,
+        listener=listener,
+        recovery=recovery,
+        restore_blocks=restore_blocks,
+    )
     try:
         run.compare_workers([worker.address for worker in seating.workers])
         listener.on_start()
@@ -95,22 +119,50 @@ def run_graph(
 
 
 class _GraphRun:
-    def __init__(self, payload: RankPayload, *, client: Client, listener: Listener) -> None:
+    def __init__(
+        self,
+        payload: RankPayload,
+        *,
+        client: Client,
+        listener: Listener,
+        recovery: Recovery,
+        restore_blocks: Callable[[], None],
+    ) -> None:
         self._spec = payload.spec
         self._keys = payload.keys
         self._validation_keys = payload.validation_keys
         self._client = client
         self._listener = listener
         self._run_id = uuid.uuid4().hex[:12]
-        pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
-        self._payload = client.scatter(pickled, broadcast=True, hash=False)
+        self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
+        self._send_payload()
         self._dtypes = batch_dtypes(self._spec.fields, LeafLayout(self._spec.model).floating)
         nodes = [Node(shard, shard + 1) for shard in range(self._spec.shards)]
         self._additions = fold_program(self._spec.shards, nodes)
         self._bitwise = True
         self._history: list[dict[str, float]] = []
         self._latest: Snapshot
+        self._state: Future[Any]
+        self._windows: _Windows | None = None
+        self._start = payload.start
+        self._recovery = recovery
+        self._restore_blocks = restore_blocks
+        self._failures = 0
+        self._checkpointer = None
+        if payload.checkpoint is not None:
+            self._checkpointer = Checkpointer(
+                payload.checkpoint,
+                configuration=payload.configuration | {"run_id": self._run_id},
+                on_event=self._tell,
+            )
         self.interrupted = False
+
+    def _tell(self, name: str, details: dict[str, Any]) -> None:
+        self._told.put(Event(name=name, time_s=time.time(), details=details))
+
+    def _send_payload(self) -> None:
+        self._payload = self._client.scatter(self._pickled, broadcast=True, hash=False)
 
     def compare_workers(self, addresses: list[str]) -> None:
         """Check that the workers compute the same bits."""
@@ -140,18 +192,27 @@ class _GraphRun:
 
     def train(self) -> RankOutcome:
         """Go through the epochs; Ctrl-C ends them with the last snapshot that is known."""
-        first = self._client.submit(tasks.first_snapshot, self._payload, self._run_id, pure=False)
-        epoch_start = self._latest = self._wait(first)
+        if self._start is None:
+            self._state = self._client.submit(
+                tasks.first_snapshot, self._payload, self._run_id, pure=False
+            )
+            self._latest = self._wait(self._state)
+        else:
+            self._latest = self._start
+            self._history = list(self._start.history)
+            self._state = self._client.scatter(self._start, hash=False)
+        epoch_start = self._latest
         status: Status = "stopped"
         try:
-            state = first
-            for epoch in range(self._spec.epochs):
+            for epoch in range(self._latest.epoch, self._spec.epochs):
                 epoch_start = self._latest
-                state, record = self._run_epoch(epoch, state)
+                record = self._run_epoch(epoch)
                 if record is None:
                     break
                 self._history.append(record)
                 self._listener.on_epoch(record)
+                if self._checkpointer is not None:
+                    self._checkpointer.after_epoch(self, record)
             else:
                 status = "finished"
         except KeyboardInterrupt:
@@ -179,30 +240,47 @@ class _GraphRun:
             collective="tasks",
         )
 
+    @property
+    def steps(self) -> int:
+        """Steps completed over the whole run."""
+        return self._latest.steps
+
+    @property
+    def first_steps(self) -> int:
+        """Steps completed when this run began."""
+        return self._start.steps if self._start is not None else 0
+
+    def snapshot(self) -> Snapshot:
+        """Give the latest state with the records of the finished epochs."""
+        return replace(self._latest, history=tuple(self._history))
+
     def close(self) -> None:
         """Let the workers forget the run."""
+        if self._checkpointer is not None:
+            if self.interrupted:
+                self._checkpointer.save_now(self.snapshot())
+            self._checkpointer.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._listener.on_event(self._told.get_nowait())
         with contextlib.suppress(Exception):
             self._client.run(tasks.forget_benches, self._run_id, on_error="ignore")
 
-    def _run_epoch(
-        self, epoch: int, state: Future[Any]
-    ) -> tuple[Future[Any], dict[str, float] | None]:
+    def _run_epoch(self, epoch: int) -> dict[str, float] | None:
+        """Run one epoch from the latest snapshot; None if it was ended early."""
         plan = self._spec.plan(epoch)
-        windows = _Windows(self._client, plan, self._keys, self._spec.fields, self._dtypes)
-        started = time.perf_counter()
+        started = time.perf_counter() - self._latest.seconds
         partials: list[list[Any]] = [[] for _ in range(self._spec.shards)]
-        samples = 0
-        for first in range(0, plan.num_steps, GROUP_STEPS):
+        samples = self._latest.samples
+        for first in range(self._latest.step, plan.num_steps, GROUP_STEPS):
             steps = range(first, min(first + GROUP_STEPS, plan.num_steps))
-            state, found = self._submit_group(plan, epoch, steps, state, windows)
-            snapshot: Snapshot = self._wait(state)
-            self._latest = snapshot
-            for shard, future in enumerate(found):
-                partials[shard].append(future)
+            found = self._persist(partial(self._run_group, plan, epoch, steps))
+            for shard, part in enumerate(found):
+                partials[shard].append(part)
             samples += sum(plan.step_count(t) for t in steps)
-            windows.drop_before(steps.stop)
+            snapshot = self._latest
             if snapshot.non_finite or (self.interrupted and steps.stop < plan.num_steps):
-                return state, None
+                return None
             self._listener.on_progress(
                 Progress(
                     epoch=epoch,
@@ -214,18 +292,72 @@ class _GraphRun:
             )
         seconds = time.perf_counter() - started
         record = {"epoch": float(epoch), "loss": _mean_loss(self._latest)}
-        record |= self._metrics(partials) | self._validate(state)
+        record |= self._metrics(partials) | self._persist(self._validate)
         record |= {"samples_per_s": plan.num_samples / seconds, "seconds": seconds}
+        self._persist(partial(self._end_epoch, record.get("val_loss", record["loss"])))
+        return record
+
+    def _run_group(self, plan: Plan, epoch: int, steps: range) -> list[Any]:
+        """Run some steps from the latest snapshot; give each shard's metrics."""
+        if self._windows is None or self._windows.plan is not plan:
+            self._windows = _Windows(
+                self._client, plan, self._keys, self._spec.fields, self._dtypes
+            )
+        state, found = self._submit_group(plan, epoch, steps, self._state, self._windows)
+        snapshot = self._wait(state)
+        partials: list[Any] = self._client.gather(found)
+        self._windows.drop_before(steps.stop)
+        self._state, self._latest = state, snapshot
+        return partials
+
+    def _end_epoch(self, monitored: float) -> None:
         state = self._client.submit(
-            tasks.end_epoch,
-            self._payload,
-            self._run_id,
-            state,
-            record.get("val_loss", record["loss"]),
-            pure=False,
+            tasks.end_epoch, self._payload, self._run_id, self._state, monitored, pure=False
         )
         self._latest = self._wait(state)
-        return state, record
+        self._state = state
+
+    def _persist[T](self, work: Callable[[], T]) -> T:
+        """Do some work of tasks; where Dask itself cannot heal it, again from the last snapshot.
+
+        The scheduler computes again what a lost worker had computed. It gives up where data was
+        lost that was sent, not computed, or where a task was on too many workers that died.
+        """
+        while True:
+            try:
+                return work()
+            except (KilledWorker, FutureCancelledError, OSError) as error:
+                if self._client.status != "running":
+                    message = f"the connection to the scheduler is {self._client.status}"
+                    raise ClusterError(message) from error
+                self._start_again(error)
+
+    def _start_again(self, error: BaseException) -> None:
+        """Put the latest snapshot, and what else only the client has, on the cluster anew."""
+        began = time.monotonic()
+        self._failures += 1
+        limit = self._recovery.max_failures
+        if limit is not None and self._failures > limit:
+            reason = f"{self._failures} failures, more than max_failures={limit}: {error}"
+            raise WorkerLost("", -1, reason) from error
+        self._windows = None
+        try:
+            self._client.wait_for_workers(
+                self._recovery.min_workers, timeout=self._recovery.workers_timeout_s
+            )
+        except TimeoutError as late:
+            raise WorkerLost("", -1, f"{late}") from error
+        self._restore_blocks()
+        self._send_payload()
+        self._state = self._client.scatter(self._latest, hash=False)
+        details = {
+            "lost": [],
+            "ranks": len(self._client.scheduler_info(n_workers=-1)["workers"]),
+            "step": self._latest.steps,
+            "seconds": time.monotonic() - began,
+            "reason": f"{error}",
+        }
+        self._listener.on_event(Event(name="recovered", time_s=time.time(), details=details))
 
     def _submit_group(
         self, plan: Plan, epoch: int, steps: range, state: Future[Any], windows: _Windows
@@ -280,17 +412,18 @@ class _GraphRun:
 
     def _delayed(self, name: str, suffix: str) -> Any:
         """Give a task of a readable name, as the dashboard shows it."""
-        key = f"{name}-{self._run_id}-{suffix}"
+        # A second attempt must not meet the tasks of the first.
+        key = f"{name}-{self._run_id}-{suffix}" + (f"-{self._failures}" if self._failures else "")
         function = dask.delayed(getattr(tasks, name), pure=False, traverse=True)
         return lambda *arguments: function(*arguments, dask_key_name=key)
 
-    def _metrics(self, partials: list[list[Future[Any]]]) -> dict[str, float]:
+    def _metrics(self, partials: list[list[Any]]) -> dict[str, float]:
         if not self._spec.metrics:
             return {}
-        merged = merge_named([merge_named(self._client.gather(futures)) for futures in partials])
+        merged = merge_named([merge_named(parts) for parts in partials])
         return compute(self._spec.metrics, merged)
 
-    def _validate(self, state: Future[Any]) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         if not self._validation_keys:
             return {}
         futures = [
@@ -298,7 +431,7 @@ class _GraphRun:
                 tasks.validate_block,
                 self._payload,
                 self._run_id,
-                state,
+                self._state,
                 [Future(key, self._client) for key in keys],
                 pure=False,
             )
@@ -337,7 +470,7 @@ class _Windows:
         dtypes: tuple[torch.dtype, ...],
     ) -> None:
         self._client = client
-        self._plan = plan
+        self.plan = plan
         self._keys = keys
         self._fields = fields
         self._dtypes = dtypes
@@ -346,8 +479,8 @@ class _Windows:
     def future(self, shard: int, j: int) -> Future[Any]:
         """Give the future of a window's rows, in the order in which they are taken."""
         if (shard, j) not in self._futures:
-            window = self._plan.windows(shard)[j]
-            order: np.ndarray[Any, Any] = self._plan.window_order(shard, j)
+            window = self.plan.windows(shard)[j]
+            order: np.ndarray[Any, Any] = self.plan.window_order(shard, j)
             blocks: list[list[Future[Any]]] = [
                 [Future(key, self._client) for key in self._keys[piece.block]]
                 for piece in window.pieces
@@ -360,7 +493,7 @@ class _Windows:
     def drop_before(self, t: int) -> None:
         """Release the windows that no step from ``t`` on needs."""
         for shard, j in list(self._futures):
-            if self._plan.windows(shard)[j].stop <= t * self._plan.shard_batch_size:
+            if self.plan.windows(shard)[j].stop <= t * self.plan.shard_batch_size:
                 del self._futures[shard, j]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from dask_nn.controller.failure_policy import Recovery
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.pickling import dumps
 from dask_nn.training.strategies import Synchronous
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from dask_nn.callbacks.base import Callback
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.data.plan import Shuffle
 
 __all__ = ["Engine", "Options"]
@@ -51,6 +53,9 @@ class Options:
     window: int | None
     callbacks: Sequence[Callback]
     device: str
+    checkpoint: Checkpoint | None = None
+    resume: bool = False
+    recovery: Recovery = field(default_factory=Recovery)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -71,6 +76,15 @@ class Options:
             raise ConfigurationError(message)
         if not isinstance(self.strategy, Synchronous):
             message = f"strategy must be a Synchronous(...), got {self.strategy!r}"
+            raise ConfigurationError(message)
+        if not isinstance(self.recovery, Recovery):
+            message = f"recovery must be a Recovery(...), got {self.recovery!r}"
+            raise ConfigurationError(message)
+        if not isinstance(self.resume, bool):
+            message = f"resume must be True or False, got {self.resume!r}"
+            raise ConfigurationError(message)
+        if self.resume and self.checkpoint is None:
+            message = "resume=True needs checkpoint=, the path or URL of the checkpoints"
             raise ConfigurationError(message)
         if self.engine == "graph" and self.device != "cpu":
             message = "engine='graph' computes on the CPU; use engine='spmd' with device='cuda'"
@@ -96,6 +110,15 @@ class Options:
                 f"{self.batch_size} and shards={shards}"
             )
             raise ConfigurationError(message)
+
+    def with_layout_of(self, configuration: Mapping[str, Any]) -> Options:
+        """Take shards and threads from a saved run where they were left open."""
+        strategy = self.strategy
+        shards = configuration["shards"] if strategy.shards is None else strategy.shards
+        threads = strategy.threads_per_rank
+        if threads is None:
+            threads = configuration["threads_per_rank"]
+        return replace(self, strategy=replace(strategy, shards=shards, threads_per_rank=threads))
 
     @property
     def plan_shuffle(self) -> Shuffle:

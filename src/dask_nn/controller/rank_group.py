@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+from distributed import KilledWorker
 
 from dask_nn.collectives.choose import RankPlace, choose
+from dask_nn.controller.cluster import ask_workers
 from dask_nn.controller.worker_side import RankPayload, Seat, run_rank, signal_ranks
-from dask_nn.errors import WorkerLost
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
 
     from distributed import Client, Future
 
+    from dask_nn.controller.keeping import StateSource
     from dask_nn.controller.placement import Seating
 
 __all__ = ["RankGroup", "choose_collective"]
+
+SIGNAL_S = 1.0
+START_S = 30.0
 
 
 def choose_collective(seating: Seating, *, device: str) -> str:
@@ -48,6 +55,10 @@ class RankGroup:
         Name of the communicator.
     changed : threading.Event
         Set whenever a rank ends.
+    source : StateSource, optional
+        Where the run's state is.
+    canary : bytes
+        The fingerprint of the run's first gang.
     """
 
     def __init__(
@@ -59,9 +70,12 @@ class RankGroup:
         seating: Seating,
         collective: str,
         changed: threading.Event,
+        source: StateSource | None = None,
+        canary: bytes = b"",
     ) -> None:
         self._client = client
         self._run_id = run_id
+        self.generation = generation
         self._changed = changed
         workers = seating.workers
         processes = [(worker.host, worker.process) for worker in workers]
@@ -75,6 +89,8 @@ class RankGroup:
                 leader=workers[0].address,
                 collective=collective,
                 shared_process=processes.count(processes[rank]) > 1,
+                source=source,
+                canary=canary,
             )
             for rank, worker in enumerate(workers)
         ]
@@ -85,19 +101,15 @@ class RankGroup:
 
         Raises
         ------
-        WorkerLost
-            If a worker has left the cluster.
+        Exception
+            Whatever Dask raises if a worker has left the cluster meanwhile.
         """
         # By value for what has no importable name, such as a module defined in a notebook.
         pickled = cloudpickle.dumps(payload, protocol=pickle.HIGHEST_PROTOCOL)
         addresses = [seat.address for seat in self.seats]
-        try:
-            sent = self._client.scatter(pickled, workers=addresses, broadcast=True, hash=False)
-        except Exception as error:
-            lost = self.lost(self.absent())
-            if lost is None:
-                raise
-            raise lost from error
+        sent = self._client.scatter(
+            pickled, workers=addresses, broadcast=True, hash=False, timeout=START_S
+        )
         for seat in self.seats:
             future = self._client.submit(
                 run_rank,
@@ -120,30 +132,40 @@ class RankGroup:
             for seat, future in zip(self.seats, self._futures, strict=True)
         ]
 
-    def lost(self, removed: set[str]) -> WorkerLost | None:
-        """Make the error for the first rank whose worker is among the removed ones."""
-        for seat in self.seats:
-            finished = self._futures and self._futures[seat.rank].status == "finished"
-            if seat.address in removed and not finished:
-                return WorkerLost(seat.address, seat.rank)
-        return None
+    def lost(self, removed: set[str]) -> list[Seat]:
+        """Give the seats whose worker is among the removed ones, and whose end is not known."""
+        return [
+            seat
+            for seat in self.seats
+            if seat.address in removed
+            and not (self._futures and self._futures[seat.rank].status == "finished")
+        ]
 
-    def absent(self) -> set[str]:
-        """Give the addresses of the gang's workers that the scheduler does not know any more."""
-        return {seat.address for seat in self.seats} - set(self._present())
-
-    def is_running(self, removed: set[str]) -> bool:
-        """Tell whether ranks are at work on workers other than the removed ones."""
-        return any(
-            future.status == "pending" and seat.address not in removed
+    def running(self, removed: set[str]) -> list[Seat]:
+        """Give the seats of ranks that are at work on workers other than the removed ones."""
+        return [
+            seat
             for seat, future in zip(self.seats, self._futures, strict=False)
-        )
+            if future.status == "pending" and seat.address not in removed
+        ]
 
-    def signal(self, order: str) -> None:
-        """Ask all ranks to ``"stop"`` at a step boundary, or to ``"abort"``."""
-        self._client.run(
-            signal_ranks, self._run_id, order, workers=self._present(), on_error="ignore"
+    def signal(self, order: str, removed: set[str]) -> None:
+        """Ask the ranks at work to ``"stop"`` at a step boundary, or to ``"abort"``.
+
+        Returns once all have heard it, or after a moment.
+        """
+        addresses = [seat.address for seat in self.running(removed)]
+        asked = ask_workers(
+            self._client,
+            signal_ranks,
+            addresses,
+            self._run_id,
+            self.generation,
+            order,
+            timeout_s=SIGNAL_S,
         )
+        with contextlib.suppress(Exception):  # what ended the run says more
+            asked.result(2 * SIGNAL_S)
 
     def release(self) -> None:
         """Let go of the tasks; those that still run are cancelled."""
@@ -153,10 +175,6 @@ class RankGroup:
             else:
                 future.cancel()
         self._futures = []
-
-    def _present(self) -> list[str]:
-        known = self._client.scheduler_info(n_workers=-1)["workers"]
-        return [seat.address for seat in self.seats if seat.address in known]
 
     def _outcome(self, seat: Seat, future: Future[Any]) -> RankOutcome | None:
         if future.status == "pending":
@@ -172,7 +190,13 @@ class RankGroup:
         return RankOutcome(
             rank=seat.rank,
             address=seat.address,
-            status="failed",
+            status="failed" if future.status == "error" and not _is_loss(error) else "aborted",
+            has_state=False,
             error=f"{type(error).__name__}: {error}",
             traceback=f"{type(error).__name__}: {error}\n",
         )
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Tell whether a task failed because of its worker, not because of what it did."""
+    return isinstance(error, KilledWorker | CancelledError | OSError)

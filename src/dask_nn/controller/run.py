@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.graph import run_graph
+from dask_nn.controller.listening import Listener
 from dask_nn.controller.rank_group import choose_collective
-from dask_nn.controller.spmd import Listener, run_spmd
+from dask_nn.controller.resume import SavedRun, describe_run, open_checkpoints
+from dask_nn.controller.spmd import run_spmd
 from dask_nn.controller.worker_side import RankPayload
 from dask_nn.errors import NonFiniteLoss, RankFailed, TrainingInterrupted
 from dask_nn.events import Event, Progress, RunInfo
@@ -21,12 +25,17 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from dask_nn.callbacks.base import Callback
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.config import Settings
+    from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.options import Engine
     from dask_nn.controller.preparation import PreparedRun
     from dask_nn.training.outcome import RankOutcome
+    from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["execute"]
+
+logger = logging.getLogger("dask_nn")
 
 
 def execute(
@@ -37,6 +46,9 @@ def execute(
     client: Client | None,
     settings: Settings,
     called_s: float,
+    recovery: Recovery,
+    checkpoint: Checkpoint | None,
+    saved: SavedRun | None,
 ) -> TrainingResult:
     """Train and give the result.
 
@@ -54,6 +66,12 @@ def execute(
         In force.
     called_s : float
         When the user called, by ``time.monotonic()``.
+    recovery : Recovery
+        How to go on when workers are lost, hang or join.
+    checkpoint : Checkpoint or None
+        Where the run is saved.
+    saved : SavedRun, optional
+        The checkpoint from which to go on.
 
     Raises
     ------
@@ -86,14 +104,27 @@ def execute(
         batch_size=spec.batch_size,
     )
     story = _Story(info, callbacks, called_s)
+    configuration = describe_run(spec)
+    start = None
+    if saved is not None:
+        saved.check(configuration)
+        start = saved.snapshot
+        story.num_epochs = start.epoch
+        for path, reason in saved.skipped:
+            story.on_named_event("checkpoint-refused", {"path": path, "reason": reason})
+        story.on_named_event("resumed", {"path": saved.path, "steps": start.steps})
     if client is None or seating is None:
         outcome, interrupted = run_in_process(
             spec,
             prepared.blocks,
             prepared.validation,
+            start=start,
+            checkpoint=checkpoint,
+            configuration=configuration,
             on_start=story.on_start,
             on_progress=story.on_progress,
             on_epoch=story.on_epoch,
+            on_event=story.on_named_event,
         )
         outcomes = [outcome]
     else:
@@ -102,18 +133,29 @@ def execute(
             keys=prepared.blocks.keys or (),
             validation_keys=(() if prepared.validation is None else prepared.validation.keys or ()),
             settings=settings,
+            start=start,
+            checkpoint=checkpoint,
+            configuration=configuration,
         )
         if engine == "graph":
             outcomes, interrupted = run_graph(
-                payload, client=client, seating=seating, listener=story.listener
+                payload,
+                client=client,
+                seating=seating,
+                listener=story.listener,
+                recovery=recovery,
+                restore_blocks=partial(_restore, prepared, client),
             )
         else:
             outcomes, interrupted = run_spmd(
                 payload,
                 client=client,
+                workers=prepared.workers,
                 seating=seating,
-                collective=collective,
                 listener=story.listener,
+                recovery=recovery,
+                restore_blocks=partial(_restore, prepared, client),
+                reload=partial(_reload, checkpoint, configuration, story),
             )
     return _conclude(outcomes, interrupted, story, prepared)
 
@@ -135,7 +177,7 @@ class _Story:
             on_start=self.on_start,
             on_progress=self.on_progress,
             on_epoch=self.on_epoch,
-            on_event=self.events.append,
+            on_event=self.on_event,
         )
 
     def on_start(self) -> None:
@@ -147,7 +189,18 @@ class _Story:
         for callback in self._callbacks:
             callback.on_progress(progress)
 
+    def on_event(self, event: Event) -> None:
+        self.events.append(event)
+        logger.info("%s %s", event.name, event.details)
+        for callback in self._callbacks:
+            callback.on_event(event)
+
+    def on_named_event(self, name: str, details: dict[str, Any]) -> None:
+        self.on_event(Event(name=name, time_s=time.time(), details=details))
+
     def on_epoch(self, record: dict[str, float]) -> None:
+        if record["epoch"] < self.num_epochs:
+            return  # told already, by a gang that was lost before the next step
         self.num_epochs += 1
         for callback in self._callbacks:
             callback.on_epoch_end(dict(record))
@@ -155,6 +208,26 @@ class _Story:
     def on_end(self, result: TrainingResult) -> None:
         for callback in self._callbacks:
             callback.on_train_end(result)
+
+
+def _restore(prepared: PreparedRun, client: Client) -> None:
+    for blocks in (prepared.blocks, prepared.validation):
+        if blocks is not None:
+            blocks.restore(client)
+
+
+def _reload(
+    checkpoint: Checkpoint | None,
+    configuration: dict[str, Any],
+    story: _Story,
+) -> Snapshot | None:
+    """Give the newest checkpoint of this run after all its ranks were lost."""
+    saved = open_checkpoints(checkpoint, resume=True)
+    if saved is None:
+        return None
+    saved.check(configuration)
+    story.on_named_event("resumed", {"path": saved.path, "steps": saved.snapshot.steps})
+    return saved.snapshot
 
 
 def _conclude(

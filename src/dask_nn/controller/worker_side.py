@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.metadata
 import os
@@ -12,34 +11,34 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dask.system import cpu_count
 from distributed import Worker, get_worker, secede
-from distributed.utils import sync
-from distributed.utils_comm import gather_from_workers
 
-from dask_nn.collectives.rendezvous import Rendezvous, not_found
+from dask_nn import faults
+from dask_nn.controller import keeping
+from dask_nn.controller.block_fetch import make_reader
+from dask_nn.controller.meeting import WorkerRendezvous, open_meeting_point
 from dask_nn.controller.placement import WorkerFacts
 from dask_nn.controller.quiet import quiet_worker
+from dask_nn.controller.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.collectives.base import Communicator
     from dask_nn.config import Settings
     from dask_nn.events import Progress
     from dask_nn.training.outcome import RankOutcome
+    from dask_nn.training.snapshot import Keepsake, Snapshot
     from dask_nn.training.spec import TrainingSpec
 
-__all__ = ["RankPayload", "Seat", "describe", "run_rank", "signal_ranks"]
+__all__ = ["RankPayload", "Seat", "describe", "forget_run", "run_rank", "signal_ranks"]
 
-OPERATION = "dask_nn_rendezvous"
-# Fetched blocks are kept up to this share of a worker's memory limit.
-CACHE_SHARE = 0.15
-CACHE_WITHOUT_LIMIT_BYTES = 1 << 30
-FETCH_TRIES = 5
-FETCH_PAUSE_S = 0.2
+# A worker that closes waits so long for its ranks to reach a step boundary.
+LEAVE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,10 @@ class Seat:
         Name of the communicator.
     shared_process : bool
         Whether other ranks run in the same process.
+    source : StateSource, optional
+        Where the run's state is, once a gang has left one.
+    canary : bytes
+        What the run's first gang computed from its sample; empty for the first gang itself.
     """
 
     run_id: str
@@ -72,6 +75,8 @@ class Seat:
     leader: str
     collective: str
     shared_process: bool
+    source: keeping.StateSource | None = None
+    canary: bytes = b""
 
     @property
     def gang(self) -> str:
@@ -81,23 +86,50 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPayload:
-    """What all ranks of a gang are sent, once."""
+    """What all ranks of a gang are sent, once.
+
+    Parameters
+    ----------
+    spec : TrainingSpec
+        What is trained.
+    keys, validation_keys : tuple of tuple
+        For each block the Dask key of each field.
+    settings : Settings
+        In force.
+    start : Snapshot, optional
+        What a checkpoint held; a run without one starts from the spec.
+    checkpoint : Checkpoint, optional
+        Where rank 0 saves the run.
+    configuration : dict
+        What every checkpoint says of the run.
+    """
 
     spec: TrainingSpec
     keys: tuple[tuple[Any, ...], ...]
     validation_keys: tuple[tuple[Any, ...], ...]
     settings: Settings
+    start: Snapshot | None = None
+    checkpoint: Checkpoint | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class RankHandle:
     """The switches of one running rank."""
 
+    rank: int
     abort: threading.Event
     stop: threading.Event
+    save: threading.Event = field(default_factory=threading.Event)
+
+    def leave(self, reason: str) -> None:
+        """Stop at the next step boundary and save what is reached, for a reason from outside."""
+        del reason
+        self.save.set()
+        self.stop.set()
 
 
-_handles: dict[str, list[RankHandle]] = defaultdict(list)
+_handles: dict[tuple[str, int], list[RankHandle]] = defaultdict(list)
 _handles_lock = threading.Lock()
 
 
@@ -106,7 +138,8 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
 
     torch is imported here, so that the first step does not wait for it.
     """
-    dask_worker.handlers.setdefault(OPERATION, _MeetingPoint().handle)
+    open_meeting_point(dask_worker)
+    keeping.serve_states(dask_worker)
     versions = {"python": platform.python_version()}
     for name in ("dask", "distributed", "numpy", "dask-nn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -138,13 +171,18 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
     )
 
 
-def signal_ranks(run_id: str, order: str) -> int:
-    """Ask this process's ranks of a run to ``"stop"`` or to ``"abort"``; return their number."""
+def signal_ranks(run_id: str, generation: int, order: str) -> int:
+    """Ask this process's ranks of a gang to ``"stop"`` or to ``"abort"``; return their number."""
     with _handles_lock:
-        handles = list(_handles.get(run_id, ()))
+        handles = list(_handles.get((run_id, generation), ()))
     for handle in handles:
         (handle.abort if order == "abort" else handle.stop).set()
     return len(handles)
+
+
+def forget_run(run_id: str) -> None:
+    """Drop what ended ranks of a run left in this process."""
+    keeping.forget(run_id)
 
 
 def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
@@ -174,117 +212,92 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     if worker.address != seat.address:
         message = f"rank {seat.rank} belongs on {seat.address}, but was started on {worker.address}"
         raise RuntimeError(message)
+    key = str(worker.get_current_task())
     # Fetching and preprocessing tasks go on on this worker, and adaptive scaling leaves it alone.
     secede()
     content: RankPayload = pickle.loads(payload)  # noqa: S301  (made by this run's own client)
-    handle = RankHandle(threading.Event(), threading.Event())
+    handle = RankHandle(seat.rank, threading.Event(), threading.Event())
+    place = (seat.run_id, seat.generation)
     with _handles_lock:
-        _handles[seat.run_id].append(handle)
+        if any(other.rank == seat.rank for other in _handles[place]):
+            message = f"rank {seat.rank} of this gang is running already on {seat.address}"
+            raise RuntimeError(message)
+        _handles[place].append(handle)
     topic = f"dask-nn-{seat.run_id}"
 
     def tell(kind: str, details: dict[str, Any]) -> None:
-        worker.log_event(topic, {"kind": kind, "time_s": time.time(), "details": details})
+        # The scheduler's answer is not waited for; without a scheduler nobody listens anyway.
+        with contextlib.suppress(Exception):
+            worker.log_event(
+                topic,
+                {
+                    "kind": kind,
+                    "generation": seat.generation,
+                    "rank": seat.rank,
+                    "time_s": time.time(),
+                    "details": details,
+                },
+            )
 
     def tell_progress(progress: Progress) -> None:
         tell("progress", asdict(progress))
 
+    def keep(keepsake: Keepsake) -> None:
+        keeping.keep(worker.address, seat.run_id, seat.generation, keepsake)
+
+    def read(keys: tuple[tuple[Any, ...], ...], size_bytes: int, uses: float) -> Any:
+        return make_reader(worker, keys, size_bytes=size_bytes, uses=uses, abort=handle.abort)
+
+    comm = _communicator(worker, seat, content.settings, handle.abort)
+    watchdog = Watchdog(worker, key, comm, tell=tell, leave=handle.leave)
+    spec = content.spec
     try:
-        with quiet_worker(worker):
+        with quiet_worker(worker), watchdog:
             return rank_main(
-                content.spec,
+                spec,
                 RankEnvironment(
-                    comm=_communicator(worker, seat, content.settings, handle.abort),
-                    reader=_reader(
-                        worker,
-                        content.keys,
-                        size_bytes=content.spec.size_bytes,
-                        uses=content.spec.epochs / seat.world_size,
-                    ),
+                    comm=comm,
+                    reader=read(content.keys, spec.size_bytes, spec.epochs / seat.world_size),
+                    # A rank validates on the same blocks after every epoch.
                     validation_reader=(
-                        # A rank validates on the same blocks after every epoch.
-                        _reader(worker, content.validation_keys, size_bytes=0, uses=0)
-                        if content.validation_keys
-                        else None
+                        read(content.validation_keys, 0, 0) if content.validation_keys else None
                     ),
                     address=worker.address,
                     shared_process=seat.shared_process,
                     stop_event=handle.stop,
-                    on_start=lambda: tell("start", {}),
+                    save_event=handle.save,
+                    start=lambda: _start(worker, seat, content, handle.abort),
+                    carried=keeping.kept(worker.address, seat.run_id),
+                    canary=seat.canary,
+                    keep=keep,
+                    checkpoint=content.checkpoint,
+                    configuration=content.configuration
+                    | {"run_id": seat.run_id, "generation": seat.generation},
+                    on_start=lambda facts: tell("start", facts),
                     on_progress=tell_progress,
                     on_epoch=lambda record: tell("epoch", {"record": record}),
+                    on_event=lambda name, details: tell("event", {"name": name, **details}),
                 ),
             )
     finally:
         with _handles_lock:
-            _handles[seat.run_id].remove(handle)
-            if not _handles[seat.run_id]:
-                del _handles[seat.run_id]
+            _handles[place].remove(handle)
+            if not _handles[place]:
+                del _handles[place]
 
 
-class WorkerRendezvous(Rendezvous):
-    """Meets on the leader's worker, over Dask's own connections (encrypted where those are).
-
-    Parameters
-    ----------
-    worker : Worker
-        This rank's.
-    seat : Seat
-        Names the gang and the leader.
-    abort : threading.Event
-        Ends a wait.
-    """
-
-    def __init__(self, worker: Worker, seat: Seat, abort: threading.Event) -> None:
-        self._worker = worker
-        self._seat = seat
-        self._abort = abort
-
-    def set(self, key: str, value: bytes) -> None:
-        """Store a value at the leader."""
-        self._call(action="set", key=key, value=value)
-
-    def get(self, key: str, *, timeout_s: float) -> bytes:
-        """Wait for a key at the leader."""
-        deadline = time.monotonic() + timeout_s
-        while not self._abort.is_set():
-            found: bytes | None = self._call(action="get", key=key, value=b"")
-            if found is not None:
-                return found
-            if time.monotonic() >= deadline:
-                break
-        raise not_found(key, timeout_s)
-
-    def _call(self, **message: Any) -> Any:
-        async def call() -> Any:
-            leader = self._worker.rpc(self._seat.leader)
-            return await getattr(leader, OPERATION)(gang=self._seat.gang, **message)
-
-        return sync(self._worker.loop, call)
-
-
-class _MeetingPoint:
-    """The leader's side of :class:`WorkerRendezvous`, on the worker's event loop."""
-
-    WAIT_S = 1.0
-    KEPT_GANGS = 4
-
-    def __init__(self) -> None:
-        self._gangs: dict[str, dict[str, bytes]] = {}
-        self._changed = asyncio.Condition()
-
-    async def handle(self, gang: str, action: str, key: str, value: bytes) -> bytes | None:
-        async with self._changed:
-            values = self._gangs.setdefault(gang, {})
-            while len(self._gangs) > self.KEPT_GANGS:
-                del self._gangs[next(iter(self._gangs))]
-            if action == "set":
-                values[key] = value
-                self._changed.notify_all()
-                return None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.WAIT_S):
-                    await self._changed.wait_for(lambda: key in values)
-            return values.get(key)
+def _start(
+    worker: Worker, seat: Seat, content: RankPayload, abort: threading.Event
+) -> Snapshot | None:
+    """Give the state from which this rank starts: its own, a peer's, a checkpoint's, or none."""
+    if seat.source is None:
+        return content.start
+    own = keeping.kept(worker.address, seat.run_id)
+    if own is not None and own.snapshot.position == seat.source.position:
+        return own.snapshot
+    if faults.hook is not None:
+        faults.hook("copying state", {"rank": seat.rank, "generation": seat.generation})
+    return keeping.fetch_state(worker, seat.source, seat.run_id, abort)
 
 
 def _communicator(
@@ -297,42 +310,12 @@ def _communicator(
         rank=seat.rank,
         world_size=seat.world_size,
         gang=seat.gang,
-        rendezvous=WorkerRendezvous(worker, seat, abort),
+        rendezvous=WorkerRendezvous(worker, seat.gang, seat.leader, abort),
         folder=worker.local_directory,
         host=worker.address.split("://")[-1].rsplit(":", 1)[0].strip("[]"),
         timeout_s=settings.exchange_timeout_s,
         abort_event=abort,
         slice_above_bytes=settings.slice_above_bytes,
-    )
-
-
-def _reader(
-    worker: Worker, keys: tuple[tuple[Any, ...], ...], *, size_bytes: int, uses: float
-) -> Any:
-    """Make the reader of some blocks of this size in all, each read ``uses`` times by this rank."""
-    from dask_nn.data.reader import ClusterReader
-
-    limit = worker.memory_manager.memory_limit
-
-    async def gather(wanted: list[Any]) -> list[Any]:
-        missing: Any = []
-        for attempt in range(FETCH_TRIES):
-            who_has = await worker.scheduler.who_has(keys=wanted)
-            found, missing, failed, _ = await gather_from_workers(who_has, rpc=worker.rpc)
-            missing = [*missing, *failed]
-            if not missing:
-                return [found[key] for key in wanted]
-            await asyncio.sleep(FETCH_PAUSE_S * (attempt + 1))
-        message = f"blocks {missing} are on no worker any more; was their future cancelled?"
-        raise RuntimeError(message)
-
-    cache_bytes = int(limit * CACHE_SHARE) if limit else CACHE_WITHOUT_LIMIT_BYTES
-    return ClusterReader(
-        keys,
-        own=worker.data,
-        fetch=lambda wanted: sync(worker.loop, gather, wanted),
-        cache_bytes=cache_bytes,
-        fetch_whole=uses >= 1 and size_bytes <= cache_bytes,
     )
 
 

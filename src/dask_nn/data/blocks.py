@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,9 @@ class Blocks:
         For each block the array of each field, for data held by this process.
     futures : tuple
         What keeps the keys alive; stays with the client.
+    originals : dict
+        From key to array, for blocks that were sent from this process: no graph could compute them
+        again if their worker is lost.
     """
 
     lengths: tuple[int, ...]
@@ -74,6 +78,17 @@ class Blocks:
     keys: tuple[tuple[Any, ...], ...] | None = None
     arrays: tuple[tuple[np.ndarray[Any, Any], ...], ...] | None = None
     futures: tuple[Any, ...] = ()
+    originals: dict[Any, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    def restore(self, client: Client) -> int:
+        """Send blocks that lay on lost workers alone once more; return their number."""
+        if not self.originals:
+            return 0
+        held = client.who_has()
+        lost = {key: array for key, array in self.originals.items() if not held.get(key)}
+        if lost:
+            client.scatter(lost, hash=False)
+        return len(lost)
 
     @property
     def num_samples(self) -> int:
@@ -144,7 +159,13 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
     rows = tuple(zip(*columns, strict=True))
     if client is None:
         return Blocks(lengths=lengths, fields=fields, arrays=rows)
-    return Blocks(lengths=lengths, fields=fields, keys=rows, futures=tuple(futures))
+    originals: dict[Any, Any] = {}
+    for kept in futures:
+        if isinstance(kept, _Sent):
+            originals |= kept.pieces
+    return Blocks(
+        lengths=lengths, fields=fields, keys=rows, futures=tuple(futures), originals=originals
+    )
 
 
 def _as_array(name: str, value: Any) -> Any:
@@ -264,5 +285,15 @@ def _place(
     pieces = [array[start:stop] for start, stop in bounds]
     if client is None:
         return pieces, None
-    futures = client.scatter(pieces, hash=False)
-    return [future.key for future in futures], futures
+    # Keys of our own: a lost piece is sent again under the same one.
+    token = uuid.uuid4().hex
+    named = {f"dask-nn-{name}-{token}-{number}": piece for number, piece in enumerate(pieces)}
+    return list(named), _Sent(named, client.scatter(named, hash=False))
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Arrays sent to the cluster, and the futures that keep them there."""
+
+    pieces: dict[Any, np.ndarray[Any, Any]]
+    futures: Any

@@ -23,7 +23,10 @@ from dask_nn.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Piece", "Plan", "Shuffle", "Window", "key64", "permutation"]
+__all__ = ["PLAN_VERSION", "Piece", "Plan", "Shuffle", "Window", "key64", "permutation"]
+
+PLAN_VERSION = 1
+"""Counts up whenever the same arguments give another order."""
 
 Shuffle = Literal["blocks", "within", "none"]
 

@@ -66,7 +66,9 @@ def fingerprint(
     return hashlib.sha256(views.flat.cpu().numpy().tobytes()).digest()
 
 
-def compare_canaries(digest: bytes, comm: Communicator, *, place: str, refuse: bool) -> bool:
+def compare_canaries(
+    digest: bytes, comm: Communicator, *, place: str, refuse: bool, expected: bytes = b""
+) -> bool:
     """Compare the fingerprints of all ranks.
 
     Parameters
@@ -79,6 +81,8 @@ def compare_canaries(digest: bytes, comm: Communicator, *, place: str, refuse: b
         How to name this rank's worker in an error.
     refuse : bool
         Whether a difference is an error.
+    expected : bytes
+        What the run's first gang agreed on; rank 0's fingerprint if empty.
 
     Returns
     -------
@@ -88,24 +92,22 @@ def compare_canaries(digest: bytes, comm: Communicator, *, place: str, refuse: b
     Raises
     ------
     IncompatibleWorkers
-        If ranks differ and that is refused; names those that differ from rank 0.
+        If ranks differ and that is refused; names those that differ.
     """
     answers = comm.all_gather_bytes(digest + NAME_SEPARATOR + place.encode())
     parsed = [
         (answer[: len(digest)], answer[len(digest) + 1 :].decode(errors="replace"))
         for answer in answers
     ]
-    different = [
-        f"rank {rank} ({name})"
-        for rank, (found, name) in enumerate(parsed)
-        if found != parsed[0][0]
-    ]
+    right = expected or parsed[0][0]
+    different = {name: rank for rank, (found, name) in enumerate(parsed) if found != right}
     if different and refuse:
+        named = ", ".join(f"rank {rank} ({name})" for name, rank in different.items())
+        before = "in the run's first gang" if expected else f"on rank 0 ({parsed[0][1]})"
         message = (
-            f"the same batch gives other bits on {', '.join(different)} than on rank 0 "
-            f"({parsed[0][1]}): processors, libraries or thread settings differ, so the weights "
-            "would depend on who computes what. Use workers of one kind, or "
-            "Synchronous(bitwise=False) to train all the same"
+            f"the same batch gives other bits on {named} than {before}: processors, libraries or "
+            "thread settings differ, so the weights would depend on who computes what. Use workers "
+            "of one kind, or Synchronous(bitwise=False) to train all the same"
         )
-        raise IncompatibleWorkers(message)
+        raise IncompatibleWorkers(message, tuple(different))
     return not different

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dask_nn.collectives.serial import SerialCommunicator
 from dask_nn.data.reader import MemoryReader
@@ -14,9 +14,11 @@ from dask_nn.training.rank_main import RankEnvironment, rank_main
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.data.blocks import Blocks
     from dask_nn.events import Progress
     from dask_nn.training.outcome import RankOutcome
+    from dask_nn.training.snapshot import Snapshot
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["run_in_process"]
@@ -30,6 +32,10 @@ def run_in_process(
     on_start: Callable[[], None],
     on_progress: Callable[[Progress], None],
     on_epoch: Callable[[dict[str, float]], None],
+    on_event: Callable[[str, dict[str, Any]], None],
+    start: Snapshot | None = None,
+    checkpoint: Checkpoint | None = None,
+    configuration: dict[str, Any] | None = None,
 ) -> tuple[RankOutcome, bool]:
     """Train in a thread of this process, so that Ctrl-C can ask it to stop at a step boundary.
 
@@ -47,9 +53,13 @@ def run_in_process(
         comm=SerialCommunicator(0, 1),
         reader=MemoryReader(blocks.arrays or ()),
         validation_reader=None if validation is None else MemoryReader(validation.arrays or ()),
-        on_start=lambda: calls.put(on_start),
+        start=lambda: start,
+        checkpoint=checkpoint,
+        configuration=configuration or {},
+        on_start=lambda _: calls.put(on_start),
         on_progress=lambda progress: calls.put(partial(on_progress, progress)),
         on_epoch=lambda record: calls.put(partial(on_epoch, record)),
+        on_event=lambda name, details: calls.put(partial(on_event, name, details)),
     )
     outcomes: list[RankOutcome] = []
 
@@ -71,6 +81,7 @@ def run_in_process(
                 if interrupted:
                     raise
                 interrupted = True
+                env.save_event.set()
                 env.stop_event.set()
     finally:
         if not outcomes:

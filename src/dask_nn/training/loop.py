@@ -6,6 +6,7 @@ import pickle
 import time
 from typing import TYPE_CHECKING
 
+from dask_nn import faults
 from dask_nn.collectives.tree import shard_range
 from dask_nn.data.batches import Batch, ShardBatches
 from dask_nn.errors import NonFiniteLoss
@@ -14,18 +15,21 @@ from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.fold import LocalFold
 from dask_nn.training.layout import STOP, LeafLayout, LeafViews
+from dask_nn.training.snapshot import Keepsake, Snapshot
 from dask_nn.training.step import ShardStep
-from dask_nn.training.update import Update, is_finite
+from dask_nn.training.update import StepTotal, Update, is_finite
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
     from dask_nn.collectives.base import Communicator
     from dask_nn.data.reader import BlockReader
+    from dask_nn.metrics.merge import Partial
     from dask_nn.metrics.objective import Objective
+    from dask_nn.training.checkpointing import Checkpointer
     from dask_nn.training.randomness import ShardRandomness
     from dask_nn.training.spec import TrainingSpec
     from dask_nn.training.state import TrainingState
@@ -68,6 +72,12 @@ class TrainingLoop:
         Gets a Progress now and then, on rank 0.
     on_epoch : callable, optional
         Gets the record of every epoch, on rank 0.
+    start : Snapshot, optional
+        The state's own origin, where it is not the beginning: what it had summed up so far.
+    carried : sequence of dict
+        Partial metrics of this epoch from earlier gangs, merged with this rank's own.
+    checkpointer : Checkpointer, optional
+        Saves the run, on rank 0.
     """
 
     def __init__(
@@ -86,6 +96,9 @@ class TrainingLoop:
         device: torch.device,
         on_progress: Callable[[Progress], None] | None = None,
         on_epoch: Callable[[dict[str, float]], None] | None = None,
+        start: Snapshot | None = None,
+        carried: Sequence[dict[str, Partial]] = (),
+        checkpointer: Checkpointer | None = None,
     ) -> None:
         self._spec = spec
         self._state = state
@@ -134,8 +147,22 @@ class TrainingLoop:
         self._shard_batch_size = self._plan.shard_batch_size
         self._next_batch: Batch | None = None
         self._epoch_start = state.weights()
+        self._first_steps = state.steps
+        self._checkpointer = checkpointer
+        self._carried = list(carried)
+        # Outputs of the step under way: they count once the step is completed.
+        self._pending: list[tuple[BufferedMetrics, torch.Tensor, torch.Tensor]] = []
+        self._loss_sum = self._normalizer = 0.0
+        self._samples = 0
+        self._started = time.perf_counter()
         self.history: list[dict[str, float]] = []
         self.last_loss = 0.0
+        if start is not None:
+            self._loss_sum, self._normalizer = start.loss_sum, start.normalizer
+            self._samples = start.samples
+            self._started -= start.seconds
+            self.history = list(start.history)
+            self.last_loss = start.last_loss
 
     def run(self) -> bool:
         """Train until the last epoch ends or somebody votes to stop.
@@ -159,9 +186,41 @@ class TrainingLoop:
             self._batches.close()
         return True
 
+    @property
+    def steps(self) -> int:
+        """Steps completed over the whole run."""
+        return self._state.steps
+
+    @property
+    def first_steps(self) -> int:
+        """Steps completed when this loop began."""
+        return self._first_steps
+
     def good_weights(self) -> dict[str, torch.Tensor]:
         """Copy the weights, or those of the epoch's start if the present ones are not finite."""
         return self._state.weights() if self._state.is_finite() else self._epoch_start
+
+    def snapshot(self) -> Snapshot:
+        """Copy the state after the last completed step, with what was summed up so far."""
+        return Snapshot.take(
+            self._state,
+            loss_sum=self._loss_sum,
+            normalizer=self._normalizer,
+            samples=self._samples,
+            seconds=time.perf_counter() - self._started,
+            last_loss=self.last_loss,
+            history=tuple(self.history),
+        )
+
+    def keepsake(self) -> Keepsake:
+        """Give what the next gang of this run may go on from; only after the loop has ended."""
+        self._shard_step.restore_buffers()
+        return Keepsake(
+            snapshot=self.snapshot(),
+            metrics=list(self._metrics.values()),
+            pending=self._pending,
+            carried=self._carried,
+        )
 
     def _first_total(self, layout: LeafLayout) -> LeafViews:
         """Learn where totals arrive, by one exchange of zeros."""
@@ -172,62 +231,99 @@ class TrainingLoop:
 
     def _run_epoch(self) -> bool:
         """Run one epoch from the state's step; return False if somebody voted to stop."""
-        spec, state, comm, update = self._spec, self._state, self._comm, self._update
+        spec, state, comm = self._spec, self._state, self._comm
         plan = self._plan = spec.plan(state.epoch)
         # Up to here every shard has a full batch, which needs no looking up.
         self._full_steps = plan.num_samples // spec.shards // plan.shard_batch_size
-        whole = state.step == 0
-        loss_sum = normalizer = 0.0
-        samples = 0
-        started = reported = time.perf_counter()
+        reported = time.perf_counter()
         reports = self._on_progress is not None
         stop = False
         while state.step < plan.num_steps:
             full = state.step < self._full_steps
             step_count = self._step_count = spec.batch_size if full else plan.step_count(state.step)
+            self._pending.clear()
             self._fold.run(comm.slots(), self._compute_leaf)
-            comm.check_abort()  # a peer that is never late leaves no wait that would notice
+            if faults.hook is not None:
+                faults.hook("before exchange", self._place())
             comm.publish()
             self._prepare_next_batch()
+            if faults.hook is not None:
+                faults.hook("between fold and gather", self._place())
             comm.collect()
-            total = update.read()
+            total = self._update.read()
             self.last_loss = total.mean_loss
             if not is_finite(total):
                 raise NonFiniteLoss(self.last_loss, state.steps, state.epoch)
-            update.apply(total, step_count)
-            loss_sum += total.loss
-            normalizer += total.normalizer
-            samples += step_count
-            state.step += 1
-            state.steps += 1
+            self._complete(total, step_count)
             now = time.perf_counter()
             if reports and now - reported >= spec.progress_interval_s:
                 reported = now
-                self._report(loss_sum, normalizer, samples / (now - started))
+                self._report(now)
             stop = total.stop
             if stop and state.step < plan.num_steps:
                 return False
-        seconds = time.perf_counter() - started
-        record = {"epoch": float(state.epoch), "loss": loss_sum / normalizer if normalizer else 0.0}
+            if self._checkpointer is not None and state.step < plan.num_steps:
+                self._checkpointer.after_step(self)
+        self._end_epoch()
+        return not stop
+
+    def _complete(self, total: StepTotal, step_count: int) -> None:
+        """Update, and count the step as done."""
+        if faults.hook is not None:
+            faults.hook("in the optimizer", self._place())
+        self._update.apply(total, step_count)
+        self._loss_sum += total.loss
+        self._normalizer += total.normalizer
+        self._samples += step_count
+        self._state.step += 1
+        self._state.steps += 1
+        for metrics, output, target in self._pending:
+            metrics.update(output, target)
+        if faults.hook is not None:
+            faults.hook("applied", self._place())
+
+    def _end_epoch(self) -> None:
+        """Complete the epoch's record, and begin the next epoch."""
+        state = self._state
+        self._pending.clear()
+        seconds = time.perf_counter() - self._started
+        loss = self._loss_sum / self._normalizer if self._normalizer else 0.0
+        record = {"epoch": float(state.epoch), "loss": loss}
         record |= self._epoch_metrics()
         if self._validation is not None:
             record |= self._validation.run(state.model)
-        record |= {"samples_per_s": samples / seconds, "seconds": seconds}
-        if whole:
-            self.history.append(record)
+        record |= {"samples_per_s": self._samples / seconds, "seconds": seconds}
+        for metrics in self._metrics.values():
+            metrics.reset()
+        self._carried = []
+        self.history.append(record)
         state.end_epoch(record.get("val_loss", record["loss"]))
+        self._loss_sum = self._normalizer = 0.0
+        self._samples = 0
+        self._started = time.perf_counter()
         self._epoch_start = state.weights()
         if self._on_epoch is not None:
             self._on_epoch(record)
-        return not stop
+        if self._checkpointer is not None:
+            self._checkpointer.after_epoch(self, record)
+
+    def _place(self) -> dict[str, int]:
+        """Say where the loop is, for whoever breaks it in a test."""
+        return {"rank": self._comm.rank, "step": self._state.steps}
 
     def _compute_leaf(self, shard: int, views: LeafViews) -> None:
         """Write the leaf of one of this rank's shards for the step at hand."""
         state = self._state
+        # A peer that is never late leaves no wait that would notice.
+        self._comm.check_abort()
+        if faults.hook is not None:
+            faults.hook("reading", self._place() | {"shard": shard})
         count = self._count(state.step, shard)
         batch, self._next_batch = self._next_batch, None
         if batch is None:
             batch = self._batches.next(shard, count) if count else ()
+        if faults.hook is not None:
+            faults.hook("forward", self._place() | {"shard": shard, "batch": batch})
         output = self._shard_step.compute(
             views,
             batch,
@@ -237,7 +333,7 @@ class TrainingLoop:
             step_count=self._step_count,
         )
         if output is not None and self._metrics:
-            self._metrics[shard].update(*output)
+            self._pending.append((self._metrics[shard], *output))
         if self._stop_event.is_set():
             views.tail[STOP] = 1.0
 
@@ -253,7 +349,7 @@ class TrainingLoop:
             return self._shard_batch_size
         return self._plan.count(step, shard)
 
-    def _report(self, loss_sum: float, normalizer: float, samples_per_s: float) -> None:
+    def _report(self, now: float) -> None:
         shown: dict[str, float] = {}
         if self._metrics:
             shown = self._metrics[self._own.start].compute_running()
@@ -263,19 +359,17 @@ class TrainingLoop:
                     epoch=self._state.epoch,
                     step=self._state.step,
                     num_steps=self._plan.num_steps,
-                    loss=loss_sum / normalizer if normalizer else 0.0,
+                    loss=self._loss_sum / self._normalizer if self._normalizer else 0.0,
                     metrics=shown,
-                    samples_per_s=samples_per_s,
+                    samples_per_s=self._samples / (now - self._started),
                 )
             )
 
     def _epoch_metrics(self) -> dict[str, float]:
-        """Merge the metrics of all shards, in the order of shards, and begin anew."""
+        """Merge the metrics of all shards, in the order of shards."""
         if not self._spec.metrics:
             return {}
-        parts = [self._metrics[shard].partial() for shard in self._own]
+        parts = [*self._carried, *(self._metrics[shard].partial() for shard in self._own)]
         gathered = self._comm.all_gather_bytes(pickle.dumps(parts))
         merged = merge_named([part for chunk in gathered for part in pickle.loads(chunk)])  # noqa: S301
-        for metrics in self._metrics.values():
-            metrics.reset()
         return compute(self._spec.metrics, merged)

@@ -45,6 +45,8 @@ class RankOutcome:
         Whether the ranks' canaries agreed.
     collective : str
         Name of the communicator.
+    has_state : bool
+        Whether its process keeps the state from which another gang can go on.
     """
 
     rank: int
@@ -61,3 +63,9 @@ class RankOutcome:
     exception: BaseException | None = None
     bitwise: bool = True
     collective: str = ""
+    has_state: bool = True
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """How far it came: the epoch under way, and the steps completed over the run."""
+        return (self.epoch, self.steps)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import traceback
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dask_nn.data.batches import batch_dtypes
-from dask_nn.errors import Aborted, DaskNNError, NonFiniteLoss
+from dask_nn.errors import Aborted, CollectiveTimeout, DaskNNError, NonFiniteLoss
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.canary import compare_canaries, fingerprint
+from dask_nn.training.checkpointing import Checkpointer
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.loop import TrainingLoop
 from dask_nn.training.outcome import RankOutcome, Status
@@ -24,9 +26,11 @@ from dask_nn.training.validation import Validation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.collectives.base import Communicator
     from dask_nn.data.reader import BlockReader
     from dask_nn.events import Progress
+    from dask_nn.training.snapshot import Keepsake, Snapshot
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["RankEnvironment", "rank_main"]
@@ -48,8 +52,24 @@ class RankEnvironment:
         Whether other ranks or tasks of this process may draw random numbers.
     stop_event : threading.Event
         Asks this rank to stop at a step boundary.
+    save_event : threading.Event
+        Makes a rank that was asked to stop save a checkpoint of what is reached.
+    start : callable, optional
+        Gives the state from which to start; None for the beginning.
+    carried : Keepsake, optional
+        What an earlier rank of this run left in this process.
+    canary : bytes
+        The fingerprint that the run's first gang agreed on; empty for the first gang.
+    keep : callable, optional
+        Takes what this rank leaves for the next gang.
+    checkpoint : Checkpoint, optional
+        Where rank 0 saves the run.
+    configuration : dict
+        What every checkpoint says of the run.
     on_start, on_progress, on_epoch : callable, optional
         Told of the first step, of progress and of each epoch's record, on rank 0 alone.
+    on_event : callable, optional
+        Told of what else happens: a name and details.
     """
 
     comm: Communicator
@@ -58,9 +78,17 @@ class RankEnvironment:
     address: str = "this process"
     shared_process: bool = False
     stop_event: threading.Event = field(default_factory=threading.Event)
-    on_start: Callable[[], None] | None = None
+    save_event: threading.Event = field(default_factory=threading.Event)
+    start: Callable[[], Snapshot | None] | None = None
+    carried: Keepsake | None = None
+    canary: bytes = b""
+    keep: Callable[[Keepsake], None] | None = None
+    checkpoint: Checkpoint | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
+    on_start: Callable[[dict[str, Any]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
     on_epoch: Callable[[dict[str, float]], None] | None = None
+    on_event: Callable[[str, dict[str, Any]], None] | None = None
 
 
 def rank_main(spec: TrainingSpec, env: RankEnvironment) -> RankOutcome:
@@ -71,13 +99,14 @@ def rank_main(spec: TrainingSpec, env: RankEnvironment) -> RankOutcome:
     try:
         with rank_runtime(spec.threads_per_rank, deterministic=spec.bitwise), restored_generator():
             return _train(spec, env, standing)
-    except Aborted as error:
+    except (Aborted, CollectiveTimeout) as error:
         outcome = _failed(env, standing, "aborted", error)
     except BaseException as error:
         outcome = _failed(env, standing, "failed", error)
     finally:
         if standing.unfinished:
             comm.abort()
+        standing.leave(env)
         comm.close()
     return outcome
 
@@ -87,7 +116,21 @@ class _Standing:
     """How far the rank has come, for the outcome of a failure."""
 
     state: TrainingState | None = None
+    loop: TrainingLoop | None = None
+    checkpointer: Checkpointer | None = None
     unfinished: bool = True
+    failed: bool = False
+
+    def leave(self, env: RankEnvironment) -> None:
+        """Leave the last completed step to the next gang, and to the checkpoint where asked."""
+        if self.loop is not None and not self.failed:
+            keepsake = self.loop.keepsake()
+            if env.keep is not None:
+                env.keep(keepsake)
+            if self.checkpointer is not None and env.save_event.is_set():
+                self.checkpointer.save_now(keepsake.snapshot)
+        if self.checkpointer is not None:
+            self.checkpointer.close()
 
 
 def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> RankOutcome:
@@ -95,18 +138,35 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     first = comm.rank == 0
     device = torch.device(spec.device)
     state = standing.state = TrainingState(spec, device)
+    start = env.start() if env.start is not None else None
+    carried = []
+    if start is not None:
+        start.load(state)
+        if env.carried is not None:
+            carried = env.carried.partials(start)
     layout = LeafLayout(state.model)
     objective = Objective(spec.loss, weighted=spec.weighted).with_ignored(spec.ignored_labels)
     dtypes = batch_dtypes(spec.fields, layout.floating)
     comm.open(shards=spec.shards, leaf_size=layout.size, dtype=layout.dtype, device=device)
     digest = fingerprint(
-        state.model, objective, spec, dtypes=dtypes, device=device, shared=env.shared_process
+        copy.deepcopy(spec.model).to(device).train(),
+        objective,
+        spec,
+        dtypes=dtypes,
+        device=device,
+        shared=env.shared_process,
     )
-    bitwise = compare_canaries(digest, comm, place=env.address, refuse=spec.bitwise)
+    bitwise = compare_canaries(
+        digest, comm, place=env.address, refuse=spec.bitwise, expected=env.canary
+    )
     validation = None
     if env.validation_reader is not None:
         validation = Validation(
             spec, objective=objective, reader=env.validation_reader, dtypes=dtypes, comm=comm
+        )
+    if first and env.checkpoint is not None:
+        standing.checkpointer = Checkpointer(
+            env.checkpoint, configuration=env.configuration, on_event=env.on_event
         )
     loop = TrainingLoop(
         spec,
@@ -122,9 +182,13 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         device=device,
         on_progress=env.on_progress if first else None,
         on_epoch=env.on_epoch if first else None,
+        start=start,
+        carried=carried,
+        checkpointer=standing.checkpointer,
     )
+    standing.loop = loop
     if first and env.on_start is not None:
-        env.on_start()
+        env.on_start({"canary": digest, "steps": state.steps, "epoch": state.epoch})
     try:
         status: Status = "finished" if loop.run() else "stopped"
     except NonFiniteLoss:
@@ -149,6 +213,7 @@ def _failed(
     env: RankEnvironment, standing: _Standing, status: Status, error: BaseException
 ) -> RankOutcome:
     state = standing.state
+    standing.failed = status == "failed"
     text = "".join(traceback.format_exception(error))
     # What failed may refer to itself, and would keep the gang's memory until somebody collects it.
     traceback.clear_frames(error.__traceback__)
@@ -156,6 +221,7 @@ def _failed(
         rank=env.comm.rank,
         address=env.address,
         status=status,
+        has_state=standing.loop is not None and not standing.failed,
         steps=state.steps if state is not None else 0,
         epoch=state.epoch if state is not None else 0,
         error=f"{type(error).__name__}: {error}",

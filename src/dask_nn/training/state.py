@@ -73,6 +73,15 @@ class TrainingState:
             name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
         }
 
+    def transient_buffers(self) -> dict[str, torch.Tensor]:
+        """Copy to the CPU the buffers that the model's state dict leaves out."""
+        kept = self.model.state_dict().keys()
+        return {
+            name: buffer.detach().cpu().clone()
+            for name, buffer in self.model.named_buffers()
+            if name not in kept
+        }
+
     def optimizer_weights(self) -> dict[str, Any]:
         """Copy the optimizer's state dict."""
         return copy.deepcopy(self.optimizer.state_dict())

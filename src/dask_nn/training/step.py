@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from dask_nn import faults
 from dask_nn.errors import ModelError
 from dask_nn.training.layout import FIRST_MARK, LeafLayout, LeafViews
 
@@ -83,6 +84,12 @@ class ShardStep:
         """The averaged buffers at the start of the step; the update writes them."""
         return self._base
 
+    def restore_buffers(self) -> None:
+        """Put the model's buffers back to the start of the step, after one that was cut short."""
+        with torch.no_grad():
+            for buffer, base in zip(self._layout.buffers, self._base, strict=True):
+                buffer.copy_(base)
+
     def compute(
         self,
         views: LeafViews,
@@ -154,9 +161,16 @@ class ShardStep:
                 "its parameters and does not detach its output"
             )
             raise ModelError(message)
+        gradients = self._backward(loss, scale)
+        self._write(views, gradients, total, normalizer, count)
+        return ShardOutput(output.detach(), target)
+
+    def _backward(self, loss: torch.Tensor, scale: float) -> tuple[torch.Tensor | None, ...]:
+        if faults.hook is not None:
+            faults.hook("backward", {})
         # What torch.autograd.grad calls, without its 9 us of checks: (outputs, their gradients,
         # keep graph, create graph, inputs, allow unused ones).
-        gradients = _run_backward(
+        gradients: tuple[torch.Tensor | None, ...] = _run_backward(
             (loss,),
             (self._scale(scale, loss),),
             False,
@@ -165,8 +179,7 @@ class ShardStep:
             True,
             accumulate_grad=False,
         )
-        self._write(views, gradients, total, normalizer, count)
-        return ShardOutput(output.detach(), target)
+        return gradients
 
     def _write(
         self,

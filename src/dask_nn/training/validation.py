@@ -68,16 +68,15 @@ class Validation:
         lo, hi = shard_range(
             self._comm.rank, self._comm.world_size, len(self._spec.validation_lengths)
         )
-        parts = [
-            evaluate_block(
-                model,
-                self._reader.read(block),
-                self._dtypes,
-                spec=self._spec,
-                objective=self._objective,
+        parts = []
+        for block in range(lo, hi):
+            self._comm.check_abort()
+            arrays = self._reader.read(block)
+            parts.append(
+                evaluate_block(
+                    model, arrays, self._dtypes, spec=self._spec, objective=self._objective
+                )
             )
-            for block in range(lo, hi)
-        ]
         # Partials are plain states made by these same ranks a moment ago.
         gathered = self._comm.all_gather_bytes(pickle.dumps(parts))
         merged = merge_named([part for chunk in gathered for part in pickle.loads(chunk)])  # noqa: S301

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
+import numpy as np
 from dask.delayed import delayed
 from distributed import wait
 
 if TYPE_CHECKING:
-    import numpy as np
     from distributed import Client
 
 __all__ = ["to_cluster"]
@@ -36,10 +36,17 @@ def to_cluster(client: Client, values: np.ndarray, rows: int = _ROWS_PER_BLOCK) 
     """
     addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
     blocks = [values[start : start + rows] for start in range(0, len(values), rows)]
-    futures: list[Any] = [None] * len(blocks)
-    for place, address in enumerate(addresses[: len(blocks)]):
-        turns = slice(place, None, len(addresses))
-        futures[turns] = client.scatter(blocks[turns], workers=[address], hash=False)
+    # As tasks, not as scattered data: the scheduler can make the blocks of a lost worker again.
+    futures: list[Any] = [
+        client.submit(
+            np.asarray,
+            block,
+            workers=[addresses[number % len(addresses)]],
+            allow_other_workers=True,
+            pure=False,
+        )
+        for number, block in enumerate(blocks)
+    ]
     array = da.concatenate(
         [
             da.from_delayed(delayed(future), shape=block.shape, dtype=block.dtype)

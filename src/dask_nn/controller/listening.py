@@ -1,0 +1,124 @@
+"""What the ranks of a run say, passed on in the client's main thread."""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.errors import TrainingError
+from dask_nn.events import Event, Progress
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from distributed import Client
+
+    from dask_nn.controller.heartbeats import Heartbeats
+
+__all__ = ["Listener", "RankMessages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Who is told what happens while a run goes on, in the client's main thread."""
+
+    on_start: Callable[[], None]
+    on_progress: Callable[[Progress], None]
+    on_epoch: Callable[[dict[str, float]], None]
+    on_event: Callable[[Event], None]
+
+
+class RankMessages:
+    """Hears the ranks of a run; those of older gangs are not listened to.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    topic : str
+        Of the run.
+    changed : threading.Event
+        Set whenever a rank says more than that it lives.
+    heartbeats : Heartbeats
+        Told of every sign of life.
+    listener : Listener
+        Told of progress, epochs and events.
+    on_start : callable
+        Told when all ranks of a gang begin, with what rank 0 says of it.
+
+    Attributes
+    ----------
+    generation : int
+        The gang that is listened to.
+    leaving : set of str
+        Workers of ranks that are about to close.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        topic: str,
+        changed: threading.Event,
+        *,
+        heartbeats: Heartbeats,
+        listener: Listener,
+        on_start: Callable[[float, dict[str, Any]], None],
+    ) -> None:
+        self._client = client
+        self._topic = topic
+        self._changed = changed
+        self._heartbeats = heartbeats
+        self._listener = listener
+        self._on_start = on_start
+        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.generation = 0
+        self.leaving: set[str] = set()
+
+    def subscribe(self) -> None:
+        """Begin to hear."""
+        self._client.subscribe_topic(self._topic, self._hear)
+
+    def unsubscribe(self) -> None:
+        """Stop hearing."""
+        self._client.unsubscribe_topic(self._topic)
+
+    def deliver(self) -> None:
+        """Pass on what was heard, oldest first."""
+        while True:
+            try:
+                message = self._messages.get_nowait()
+            except queue.Empty:
+                return
+            if message["generation"] == self.generation:
+                self._heartbeats.note(message["rank"], message["heard"])
+                self._pass_on(message)
+
+    def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
+        self._messages.put(event[1] | {"heard": time.monotonic()})
+        if event[1]["kind"] != "beat":
+            self._changed.set()
+
+    def _pass_on(self, message: dict[str, Any]) -> None:
+        time_s, details = message["time_s"], message["details"]
+        match message["kind"]:
+            case "beat":
+                self._heartbeats.note_beat(message["rank"], details["stuck_s"])
+            case "leaving":
+                self.leaving.add(details["address"])
+            case "start":
+                self._on_start(time_s, details)
+            case "progress":
+                self._listener.on_progress(Progress(**details))
+            case "epoch":
+                record = details["record"]
+                self._listener.on_epoch(record)
+                self._listener.on_event(Event(name="epoch", time_s=time_s, details=record))
+            case "event":
+                name = details.pop("name")
+                self._listener.on_event(Event(name=name, time_s=time_s, details=details))
+            case kind:
+                error = f"a rank sent a message of unknown kind {kind!r}"
+                raise TrainingError(error)
