@@ -1,0 +1,185 @@
+"""A small job, its undisturbed run, and clusters that a test may harm."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+import dask_nn
+from dask_nn.callbacks.base import Callback
+from dask_nn.clusters.local import local_cluster
+from dask_nn.data.plan import Plan
+from dask_nn.testing.faults import Ledger, pretend_cores, record_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from dask_nn.events import Event
+    from dask_nn.training.result import TrainingResult
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+ROWS, BLOCK_ROWS, SHARDS, BATCH, EPOCHS, WINDOW = 1920, 120, 4, 64, 3, 2
+STEPS = EPOCHS * ROWS // BATCH
+
+
+class Tiny(nn.Module):
+    """A network with everything that is hard to repeat: dropout, batch-norm, momentum outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(7, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Leave out the first feature, the row's number."""
+        return self.layers(x[:, 1:])
+
+
+class Heard(Callback):
+    """Keeps the events of a run, and does something when the first of a name comes."""
+
+    def __init__(self, **reactions: Callable[[], None]) -> None:
+        self.events: list[Event] = []
+        self._reactions = {name.replace("_", "-"): then for name, then in reactions.items()}
+
+    def on_event(self, event: Event) -> None:
+        self.events.append(event)
+        then = self._reactions.pop(event.name, None)
+        if then is not None:
+            threading.Thread(target=then).start()
+
+    def named(self, name: str) -> list[Event]:
+        return [event for event in self.events if event.name == name]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every case trains."""
+
+    X: np.ndarray
+    y: np.ndarray
+
+    def train(self, client: Any, **options: Any) -> TrainingResult:
+        torch.manual_seed(3)
+        options = {
+            "loss": nn.CrossEntropyLoss(),
+            "optimizer": partial(SGD, lr=0.05, momentum=0.9),
+            "epochs": EPOCHS,
+            "batch_size": BATCH,
+            "metrics": ["accuracy"],
+            "window": WINDOW,
+            "strategy": dask_nn.Synchronous(shards=SHARDS, threads_per_rank=1),
+        } | options
+        return dask_nn.train(Tiny(), self.X, self.y, client=client, **options)
+
+    def order(self, epochs: int = EPOCHS) -> dict[tuple[int, int], list[int]]:
+        """Give the rows of every (step, shard), from the plan."""
+        lengths = (BLOCK_ROWS,) * (ROWS // BLOCK_ROWS)
+        found = {}
+        for epoch in range(epochs):
+            plan = Plan(
+                block_lengths=lengths,
+                shards=SHARDS,
+                batch_size=BATCH,
+                window=WINDOW,
+                seed=0,
+                epoch=epoch,
+                shuffle="blocks",
+            )
+            for t in range(plan.num_steps):
+                for shard in range(SHARDS):
+                    rows = plan.sample_ids(t, shard).tolist()
+                    found[epoch * plan.num_steps + t, shard] = rows
+        return found
+
+
+@pytest.fixture(scope="session")
+def job() -> Job:
+    rng = np.random.Generator(np.random.PCG64(7))
+    X = rng.normal(size=(ROWS, 8)).astype(np.float32)
+    X[:, 0] = np.arange(ROWS)
+    y = (X[:, 1:4].argmax(axis=1)).astype(np.int64)
+    return Job(X, y)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job: Job) -> TrainingResult:
+    """Train the job in this process, where nothing can be lost."""
+    import dask
+
+    with dask.config.set({"dask-nn.block-size": f"{BLOCK_ROWS * 32} B"}):
+        return job.train(None)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks() -> Iterator[None]:
+    import dask
+
+    with dask.config.set({"dask-nn.block-size": f"{BLOCK_ROWS * 32} B"}):
+        yield
+
+
+@pytest.fixture
+def make_cluster(_quiet_dask: None) -> Iterator[Callable[..., Any]]:
+    """Give a function that starts a cluster of this test's own."""
+    with contextlib.ExitStack() as stack:
+
+        def make(workers: int = 2, **options: Any) -> Any:
+            client = stack.enter_context(
+                local_cluster(workers, dashboard_address="127.0.0.1:0", **options)
+            )
+            pretend_cores(client, 8)
+            return client
+
+        yield make
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Callable[[Any], Ledger]:
+    folder = tmp_path / "ledger"
+    folder.mkdir()
+    return lambda client: record_steps(client, folder)
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def heard_with() -> type[Heard]:
+    return Heard
+
+
+@pytest.fixture
+def same_bits() -> Callable[[TrainingResult, TrainingResult], None]:
+    """Give a comparison of weights, optimizer and losses, bit by bit."""
+    return _same_bits
+
+
+def _same_bits(result: TrainingResult, reference: TrainingResult) -> None:
+    assert result.weights_sha256 == reference.weights_sha256
+    mine, other = result.optimizer_state["state"], reference.optimizer_state["state"]
+    assert mine.keys() == other.keys()
+    for key, state in mine.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other[key][name])
+            else:
+                assert value == other[key][name]
+    assert [r["loss"] for r in result.history] == [r["loss"] for r in reference.history]
+    assert result.steps == reference.steps

@@ -1,0 +1,330 @@
+"""Real signals to real worker processes; the weights are those of the undisturbed run, every bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import cloudpickle
+import pytest
+from distributed import WorkerPlugin
+
+import dask_nn
+from dask_nn.controller import worker_side
+from dask_nn.errors import RankFailed, WorkerLost
+from dask_nn.testing.faults import Fault, fail_at, install
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+IN_A_STEP = (
+    "reading",
+    "forward",
+    "backward",
+    "before exchange",
+    "between fold and gather",
+    "in the optimizer",
+)
+STEPS = 90
+
+
+def pids(client: Any) -> dict[str, int]:
+    return dict(client.run(os.getpid))
+
+
+@pytest.mark.parametrize("point", IN_A_STEP)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_at_each_point_of_a_step(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path, point, rank
+):
+    client = make_cluster(2)
+    written = ledger(client)
+    mark = fail_at(client, rank, 40, point, folder=tmp_path)
+    result = job.train(client, callbacks=[heard])
+    assert mark.exists(), "the fault never happened"
+    same_bits(result, undisturbed)
+    assert written.check(job.order())["repeated"] <= 2 * 4
+    (lost,) = heard.named("worker-lost")
+    assert lost.details["rank"] == rank
+    (recovered, *_) = heard.named("recovered")
+    assert 39 <= recovered.details["step"] <= 41
+    assert recovered.details["seconds"] < 3
+
+
+def test_all_but_one_at_once(job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path):
+    client = make_cluster(3)
+    written = ledger(client)
+    install(client, [Fault(point="forward", rank=r, step=33) for r in (0, 2)], tmp_path)
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    written.check(job.order())
+    assert {event.details["rank"] for event in heard.named("worker-lost")} == {0, 2}
+
+
+def test_all_at_once_without_a_checkpoint_begins_anew(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    install(client, [Fault(point="backward", rank=r, step=50) for r in (0, 1)], tmp_path)
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    assert heard.named("recovered")[0].details["step"] == 0
+
+
+def test_a_stopped_process_is_given_up_and_changes_nothing_when_it_wakes_up(
+    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+):
+    client = make_cluster(2)
+    stopped = pids(client)
+    mark = fail_at(client, 1, 30, "forward", action="stop", folder=tmp_path)
+
+    def wake_up() -> None:
+        for pid in stopped.values():
+            os.kill(pid, signal.SIGCONT)
+
+    # It wakes up while the others train on.
+    install_pause = Fault(point="applied", step=45, action="sleep", seconds=1.0)
+    install(
+        client, [Fault(point="forward", rank=1, step=30, action="stop"), install_pause], tmp_path
+    )
+    heard = heard_with(recovered=wake_up)
+    began = time.monotonic()
+    result = job.train(
+        client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    )
+    assert time.monotonic() - began < 20
+    same_bits(result, undisturbed)
+    (hung,) = heard.named("worker-hung")
+    assert hung.details["rank"] == 1
+    del mark
+
+
+def test_a_dead_lock_in_the_users_code_is_given_up(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    fail_at(client, 1, 30, "forward", action="sleep", seconds=60, folder=tmp_path)
+    result = job.train(
+        client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    )
+    same_bits(result, undisturbed)
+    assert heard.named("worker-hung")
+
+
+def test_a_slow_worker_is_waited_for(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
+    client = make_cluster(2)
+    slow = Fault(point="forward", rank=1, action="sleep", seconds=0.02, every_time=True)
+    install(client, [slow], tmp_path)
+    result = job.train(
+        client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=3, elastic=False)
+    )
+    same_bits(result, undisturbed)
+    assert not heard.named("worker-hung")
+    assert not heard.named("recovered")
+
+
+def test_the_nanny_ends_a_worker_that_takes_too_much_memory(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2, memory_limit="1 GiB")
+    fail_at(client, 1, 30, "forward", action="memory", folder=tmp_path)
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    assert heard.named("worker-lost") or heard.named("worker-hung")
+
+
+def test_a_worker_that_is_retired(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
+    client = make_cluster(2)
+    # Slow enough that the run is under way when the worker goes.
+    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    install(client, [pause], tmp_path)
+    address = sorted(pids(client))[0]
+
+    class Retire(dask_nn.Callback):
+        done = False
+
+        def on_progress(self, progress: Any) -> None:
+            if not self.done and progress.step > 3:
+                self.done = True
+                client.retire_workers([address])
+
+    result = job.train(client, callbacks=[heard, Retire()])
+    same_bits(result, undisturbed)
+    assert heard.named("recovered") or heard.named("resized")
+    assert address not in pids(client)
+
+
+def test_a_replacement_takes_its_shards_from_a_peer(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    written = ledger(client)
+    install(
+        client,
+        [
+            Fault(point="forward", rank=1, step=10),
+            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
+        ],
+        tmp_path,
+    )
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    written.check(job.order())
+    (resized, *_) = heard.named("resized")
+    assert resized.details["ranks"] == 2
+    assert 10 <= resized.details["step"] < STEPS
+
+
+def test_a_worker_that_dies_while_it_copies_the_state(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    install(
+        client,
+        [
+            Fault(point="forward", rank=1, step=10),
+            Fault(point="copying state"),
+            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
+        ],
+        tmp_path,
+    )
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    assert len(heard.named("worker-lost")) == 2
+
+
+def test_the_peer_that_serves_the_state_dies(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(3)
+    install(
+        client,
+        [
+            Fault(point="forward", rank=1, step=10),
+            Fault(point="serving state"),
+            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
+        ],
+        tmp_path,
+    )
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    assert len(heard.named("worker-lost")) >= 2
+
+
+def test_an_exception_of_the_users_code_is_not_tried_again(job, make_cluster, heard, tmp_path):
+    client = make_cluster(2)
+    fault = Fault(point="forward", rank=1, step=20, action="raise", every_time=True)
+    install(client, [fault], tmp_path)
+    with pytest.raises(RankFailed, match="broken on purpose") as caught:
+        job.train(client, callbacks=[heard])
+    assert (caught.value.rank, caught.value.step) == (1, 20)
+    assert not heard.named("recovered")
+
+
+def test_too_many_failures(job, make_cluster, tmp_path):
+    client = make_cluster(2)
+    install(client, [Fault(point="forward", step=s) for s in (5, 10, 15)], tmp_path)
+    with pytest.raises(WorkerLost, match="max_failures=1"):
+        job.train(client, recovery=dask_nn.Recovery(max_failures=1))
+
+
+def test_too_few_workers(job, make_cluster, tmp_path):
+    client = make_cluster(2)
+    fail_at(client, 1, 5, "forward", folder=tmp_path)
+    recovery = dask_nn.Recovery(min_workers=3, workers_timeout_s=1)
+    with pytest.raises(WorkerLost, match="min_workers=3"):
+        job.train(client, recovery=recovery)
+
+
+def test_a_worker_that_computes_other_bits_is_left_out_by_name(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    first = set(pids(client))
+
+    class OtherProcessor(WorkerPlugin):
+        name = "other-processor"
+
+        def setup(self, worker: Any) -> None:
+            if worker.address not in first:
+                import dask_nn.training.rank_main as module
+
+                module.fingerprint = lambda *_, **__: b"other bits".ljust(32)
+
+    client.register_plugin(OtherProcessor())
+    install(
+        client,
+        [
+            Fault(point="forward", rank=1, step=10),
+            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
+        ],
+        tmp_path,
+    )
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    refused = heard.named("worker-refused")
+    assert {event.details["address"] for event in refused} <= set(pids(client)) - first
+    assert refused
+
+
+def test_a_rank_is_not_started_twice(job, make_cluster, heard, tmp_path):
+    client = make_cluster(2)
+    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    install(client, [pause], tmp_path)
+    answers: list[Any] = []
+
+    def twin(dask_worker: Any) -> str:
+        from dask_nn.controller.worker_side import _handles
+
+        return [(gang, handle.rank) for gang, found in _handles.items() for handle in found]
+
+    class Look(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            if not answers:
+                answers.append(client.run(twin))
+
+    job.train(client, callbacks=[heard, Look()])
+    assert all(len(found) == 1 for found in answers[0].values())
+    seats = [
+        worker_side.Seat(
+            run_id="twin",
+            generation=0,
+            rank=0,
+            world_size=1,
+            address=address,
+            leader=address,
+            collective="serial",
+            shared_process=False,
+        )
+        for address in list(pids(client))[:1]
+    ]
+
+    def occupy(dask_worker: Any) -> None:
+        worker_side._handles["twin", 0].append(
+            worker_side.RankHandle(
+                0, __import__("threading").Event(), __import__("threading").Event()
+            )
+        )
+
+    client.run(occupy)
+    payload = __import__("pickle").dumps(None)
+    future = client.submit(worker_side.run_rank, payload, seats[0], workers=[seats[0].address])
+    with pytest.raises(RuntimeError, match="running already"):
+        future.result(timeout=10)
+
+
+def test_the_graph_engine_survives_a_kill(job, undisturbed, make_cluster, same_bits, heard):
+    client = make_cluster(2)
+    victims = sorted(pids(client).values())
+
+    class Kill(dask_nn.Callback):
+        def on_epoch_end(self, record: Any) -> None:
+            if victims:
+                os.kill(victims.pop(), signal.SIGKILL)
+                victims.clear()
+
+    result = job.train(client, engine="graph", callbacks=[heard, Kill()])
+    assert result.weights_sha256 == undisturbed.weights_sha256
+    assert result.steps == undisturbed.steps
