@@ -20,9 +20,11 @@ ERRORS = sorted(
 # What a constructor wants in each place, by the name of its parameter.
 ARGUMENTS = {
     "address": "tcp://127.0.0.1:1234",
+    "addresses": ("tcp://127.0.0.1:1234",),
     "epoch": 3,
     "message": "ValueError: no such thing",
     "rank": 1,
+    "reason": "max_failures=3 was reached",
     "result": {"weights": [1.0, 2.0]},
     "step": 17,
     "traceback": "Traceback (most recent call last): ...",

@@ -8,6 +8,8 @@ import dask_nn
 
 PUBLIC = [
     "Callback",
+    "Checkpoint",
+    "Recovery",
     "Synchronous",
     "TrainingResult",
     "evaluate",

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import dask_nn
 from dask_nn.callbacks.base import Callback
 from dask_nn.checkpoints.serialization import weights_sha256
-from dask_nn.controller import worker_side
+from dask_nn.controller import block_fetch
 from dask_nn.errors import TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ def test_persisted_data_is_used_where_it_lies(client, blobs, chunked):
 @pytest.mark.usefixtures("_quiet_dask")
 def test_blocks_that_are_still_computed_are_waited_for(monkeypatch, blobs, chunked):
     """A rank looks for blocks, and would find that the slowest one lies nowhere yet."""
-    monkeypatch.setattr(worker_side, "FETCH_TRIES", 1)
+    monkeypatch.setattr(block_fetch, "FETCH_S", 0.05)
 
     def slow(block: np.ndarray, block_info: Any = None) -> np.ndarray:
         if block_info[0]["chunk-location"][0] == len(chunked.chunks[0]) - 1:

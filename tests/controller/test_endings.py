@@ -214,10 +214,12 @@ def test_a_killed_worker_ends_the_run_and_the_other_ranks(crowd):
             killed_s.append(time.monotonic())
 
     with pytest.raises(WorkerLost) as caught:
-        train(crowd, epochs=100_000, callbacks=[Kill()])
+        recovery = dask_nn.Recovery(max_failures=0)
+        train(crowd, epochs=100_000, callbacks=[Kill()], recovery=recovery)
     assert time.monotonic() - killed_s[0] < PATIENCE_S
     assert caught.value.address == victim
-    assert f"worker {victim}, which ran rank 1, left the cluster" in str(caught.value)
+    assert f"worker {victim}, which ran rank 1, was lost" in str(caught.value)
+    assert "max_failures=0" in str(caught.value)
 
     survivors = [address for address in pids if address != victim]
     deadline = time.monotonic() + PATIENCE_S

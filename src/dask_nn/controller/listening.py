@@ -82,7 +82,8 @@ class RankMessages:
         self._client.subscribe_topic(self._topic, self._hear)
 
     def unsubscribe(self) -> None:
-        """Stop hearing."""
+        """Stop hearing, and let go of those who were told."""
+        del self._on_start, self._listener
         self._client.unsubscribe_topic(self._topic)
 
     def deliver(self) -> None:

@@ -215,8 +215,13 @@ def _failed(
     state = standing.state
     standing.failed = status == "failed"
     text = "".join(traceback.format_exception(error))
-    # What failed may refer to itself, and would keep the gang's memory until somebody collects it.
+    # What failed may refer to itself, and would keep the gang's memory until somebody collects it;
+    # an error that goes into the outcome does so through this very rank's frame.
     traceback.clear_frames(error.__traceback__)
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
     return RankOutcome(
         rank=env.comm.rank,
         address=env.address,

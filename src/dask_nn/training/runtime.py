@@ -9,6 +9,9 @@ import threading
 from typing import TYPE_CHECKING
 
 import torch
+
+# Optimizers do this at first use; in a rank, the import would keep the rank's frames alive.
+import torch._dynamo
 from torch.utils import deterministic as memory_filling
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ DEFAULT_BYTES = 128 * 1024
 
 _lock = threading.Lock()
 _users = 0
-_before: dict[str, object] = {}
+_before: dict[str, int] = {}
 
 
 @contextlib.contextmanager
@@ -79,10 +82,10 @@ def _enter(*, deterministic: bool, keep_memory: bool) -> None:
         _users += 1
         if _users > 1:
             return
-        _before["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        _before["warn_only"] = torch.is_deterministic_algorithms_warn_only_enabled()
+        _before["deterministic"] = torch.get_deterministic_debug_mode()
         _before["fill"] = memory_filling.fill_uninitialized_memory  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(deterministic)
+        # torch.use_deterministic_algorithms imports the compiler first, which takes a second.
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
         # Filling every new tensor with NaN finds bugs, and costs time in each step.
         memory_filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         _before["keep_memory"] = keep_memory
@@ -96,9 +99,7 @@ def _leave() -> None:
         _users -= 1
         if _users:
             return
-        torch.use_deterministic_algorithms(
-            bool(_before["deterministic"]), warn_only=bool(_before["warn_only"])
-        )
+        torch.set_deterministic_debug_mode(int(_before["deterministic"]))
         memory_filling.fill_uninitialized_memory = bool(_before["fill"])  # type: ignore[attr-defined]
         if not _before["keep_memory"]:
             return
