@@ -213,8 +213,8 @@ def test_a_killed_worker_ends_the_run_and_the_other_ranks(crowd):
             os.kill(pid, signal.SIGKILL)
             killed_s.append(time.monotonic())
 
+    recovery = dask_nn.Recovery(max_failures=0)
     with pytest.raises(WorkerLost) as caught:
-        recovery = dask_nn.Recovery(max_failures=0)
         train(crowd, epochs=100_000, callbacks=[Kill()], recovery=recovery)
     assert time.monotonic() - killed_s[0] < PATIENCE_S
     assert caught.value.address == victim

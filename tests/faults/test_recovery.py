@@ -1,4 +1,4 @@
-"""Real signals to real worker processes; the weights are those of the undisturbed run, every bit."""
+"""Real signals to real worker processes; the weights are those of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -56,11 +56,20 @@ def test_kill_at_each_point_of_a_step(
 def test_all_but_one_at_once(job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path):
     client = make_cluster(3)
     written = ledger(client)
-    install(client, [Fault(point="forward", rank=r, step=33) for r in (0, 2)], tmp_path)
-    result = job.train(client, callbacks=[heard])
+    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    install(client, [pause], tmp_path)
+    victims = sorted(pids(client).values())[:2]
+
+    class Kill(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            while victims:
+                os.kill(victims.pop(), signal.SIGKILL)
+
+    result = job.train(client, callbacks=[heard, Kill()])
     same_bits(result, undisturbed)
     written.check(job.order())
-    assert {event.details["rank"] for event in heard.named("worker-lost")} == {0, 2}
+    assert len(heard.named("worker-lost")) == 2
+    assert len(heard.named("recovered")) <= 2
 
 
 def test_all_at_once_without_a_checkpoint_begins_anew(
@@ -140,7 +149,7 @@ def test_a_worker_that_is_retired(job, undisturbed, make_cluster, same_bits, hea
     # Slow enough that the run is under way when the worker goes.
     pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
     install(client, [pause], tmp_path)
-    address = sorted(pids(client))[0]
+    address = min(pids(client))
 
     class Retire(dask_nn.Callback):
         done = False

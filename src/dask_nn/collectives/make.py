@@ -72,6 +72,7 @@ def make_communicator(
                 rank,
                 world_size,
                 rendezvous=rendezvous,
+                gang=gang,
                 folder=folder,
                 slice_above_bytes=slice_above_bytes,
                 **options,

@@ -16,9 +16,10 @@ from dask_nn.errors import Aborted, CollectiveError
 if TYPE_CHECKING:
     from dask_nn.collectives.rendezvous import Rendezvous
 
-__all__ = ["SharedMemoryCommunicator"]
+__all__ = ["SharedMemoryCommunicator", "remove_abandoned"]
 
 KEY = "shared-memory"
+PREFIX = "dask-nn-"
 FAST_FOLDER = "/dev/shm"  # noqa: S108  (the kernel's shared memory; the file gets a private name)
 # tmpfs of this host may also be wanted by others: leave some of it free.
 SPARE_BYTES = 8 << 20
@@ -32,11 +33,24 @@ def choose_folder(size_bytes: int, fallback: str) -> str:
     return fallback
 
 
+def remove_abandoned(gang: str) -> None:
+    """Remove shared files of gangs whose rank 0 was killed before all had mapped them.
+
+    Parameters
+    ----------
+    gang : str
+        The beginning of the names of gangs that no longer form.
+    """
+    for path in Path(FAST_FOLDER).glob(f"{PREFIX}{gang}-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 class SharedMemoryCommunicator(SlotCommunicator):
     """The exchange through a file that all ranks of one host map.
 
     Rank 0 makes the file and unlinks it as soon as everybody has mapped it, so that nothing is
-    left behind however the processes end.
+    left behind however the processes end later; see `remove_abandoned` for what was left before.
 
     Parameters
     ----------
@@ -44,6 +58,8 @@ class SharedMemoryCommunicator(SlotCommunicator):
         See :class:`~dask_nn.collectives.slots.SlotCommunicator`.
     rendezvous : Rendezvous
         Where rank 0 announces the file.
+    gang : str
+        A name that this gang alone has; the file's name begins with it.
     folder : str
         Where the file goes if ``/dev/shm`` is missing or too small; the system's temporary
         folder if not given.
@@ -57,11 +73,13 @@ class SharedMemoryCommunicator(SlotCommunicator):
         world_size: int,
         *,
         rendezvous: Rendezvous,
+        gang: str = "gang",
         folder: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rank, world_size, **options)
         self._rendezvous = rendezvous
+        self._prefix = f"{PREFIX}{gang}-"
         self._folder = folder or tempfile.gettempdir()
         self._path: Path | None = None
 
@@ -69,7 +87,7 @@ class SharedMemoryCommunicator(SlotCommunicator):
         """Make and announce the file (rank 0), or map the one that was announced."""
         if self.rank == 0:
             handle, path = tempfile.mkstemp(
-                dir=choose_folder(size_bytes, self._folder), prefix="dask-nn-"
+                dir=choose_folder(size_bytes, self._folder), prefix=self._prefix
             )
             self._path = Path(path)
             try:

@@ -271,6 +271,7 @@ class _Run:
             self._look_for_trouble(group, end)
         if not at_work:
             self._judge(end)
+            self._name_the_lost(group, end)
             return True
         if end.cause is None and self._wants_resize(group):
             self._set_cause(end, "resize", AFTERMATH_S + self._recovery.hang_timeout_s)
@@ -333,6 +334,16 @@ class _Run:
             end.cause = None if done == {"finished"} and leader else "resize"
         elif end.cause is None and not (leader and done <= {"finished", "stopped"}):
             end.cause = "broken"
+
+    def _name_the_lost(self, group: RankGroup, end: _GangEnd) -> None:
+        """Add workers that were lost after the gang broke, or were the reason that it did."""
+        if end.cause is None:
+            return
+        named = {address for address, _ in end.lost}
+        later = [seat for seat in group.lost(self._membership.removed) if seat.address not in named]
+        end.lost += [(seat.address, seat.rank) for seat in later]
+        if later and end.cause in {"broken", "resize"}:
+            end.cause, end.reason = "lost", "left the cluster"
 
     def _wants_resize(self, group: RankGroup) -> bool:
         now = time.monotonic()

@@ -181,8 +181,11 @@ def signal_ranks(run_id: str, generation: int, order: str) -> int:
 
 
 def forget_run(run_id: str) -> None:
-    """Drop what ended ranks of a run left in this process."""
+    """Drop what ended ranks of a run left in this process and on this host."""
+    from dask_nn.collectives.shared_memory import remove_abandoned
+
     keeping.forget(run_id)
+    remove_abandoned(f"{run_id}-")
 
 
 def run_rank(payload: bytes, seat: Seat) -> RankOutcome:

@@ -81,8 +81,8 @@ class Fault:
         """Tell whether this is the place."""
         return (
             point == self.point
-            and (self.rank is None or place.get("rank", self.rank) == self.rank)
-            and (self.step is None or place.get("step", self.step) >= self.step)
+            and (self.rank is None or place.get("rank") == self.rank)
+            and (self.step is None or place.get("step", -1) >= self.step)
         )
 
 

@@ -116,6 +116,7 @@ class TrainingLoop:
             transform=spec.transform,
             weighted=spec.weighted,
             device=device,
+            place=self._place,
         )
         self._fold = LocalFold(layout, shards=spec.shards, own=self._own, device=device)
         self._total = self._first_total(layout)

@@ -54,6 +54,8 @@ class ShardStep:
         Whether the batch ends with sample weights.
     device : torch.device
         Where the model is.
+    place : callable
+        Says where the run is, for whoever breaks it in a test.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class ShardStep:
         transform: Callable[[torch.Tensor], torch.Tensor] | None,
         weighted: bool,
         device: torch.device,
+        place: Callable[[], dict[str, int]] = dict,
     ) -> None:
+        self._place = place
         self._model = model
         self._objective = objective
         self._layout = layout
@@ -167,7 +171,7 @@ class ShardStep:
 
     def _backward(self, loss: torch.Tensor, scale: float) -> tuple[torch.Tensor | None, ...]:
         if faults.hook is not None:
-            faults.hook("backward", {})
+            faults.hook("backward", self._place())
         # What torch.autograd.grad calls, without its 9 us of checks: (outputs, their gradients,
         # keep graph, create graph, inputs, allow unused ones).
         gradients: tuple[torch.Tensor | None, ...] = _run_backward(
