@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client
-from distributed.client import default_client
-
 from dask_nn.checkpoints.options import Checkpoint
 from dask_nn.config import settings
+from dask_nn.controller.calling import cluster_of, ending_cleanly
 from dask_nn.controller.failure_policy import Recovery
 from dask_nn.controller.options import Engine, Options
 from dask_nn.controller.preparation import prepare
 from dask_nn.controller.resume import open_checkpoints
 from dask_nn.controller.run import execute
-from dask_nn.errors import ClusterError, ConfigurationError
 from dask_nn.evaluation import evaluate
 from dask_nn.inference import predict
 from dask_nn.training.strategies import Synchronous
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
+    from distributed import Client
     from torch import nn
     from torchmetrics import Metric
 
@@ -125,7 +123,8 @@ def train(
     device : {"cpu", "cuda"}
         Where ranks compute. CUDA has not been tried on a real device yet.
     client : distributed.Client, optional
-        The cluster; the current client if not given, and this process if there is none.
+        The cluster; the current client if not given, the task's own cluster inside a Dask task,
+        and this process if there is none. Trainings that want the same workers take turns.
 
     Returns
     -------
@@ -145,7 +144,7 @@ def train(
     CheckpointError
         If checkpoints cannot be written where they shall go, or none there can be read.
     TrainingInterrupted
-        A KeyboardInterrupt: after Ctrl-C; carries what is trained so far.
+        A KeyboardInterrupt: after Ctrl-C or SIGTERM; carries what is trained so far.
     """
     called_s = time.monotonic()
     options = Options(
@@ -171,44 +170,25 @@ def train(
         recovery=recovery or Recovery(),
     )
     in_force = settings()
-    client = _find_client(client)
-    saved = open_checkpoints(options.checkpoint, resume=resume)
-    prepared = prepare(
-        options if saved is None else options.with_layout_of(saved.configuration),
-        X,
-        y,
-        sample_weight=sample_weight,
-        validation=validation,
-        client=client,
-        settings=in_force,
-    )
-    return execute(
-        prepared,
-        engine=engine,
-        callbacks=callbacks,
-        client=client,
-        settings=in_force,
-        called_s=called_s,
-        recovery=options.recovery,
-        checkpoint=options.checkpoint,
-        saved=saved,
-    )
-
-
-def _find_client(client: Client | None) -> Client | None:
-    """Give the client to use, or None if there is none."""
-    if client is None:
-        try:
-            client = default_client()
-        except ValueError:
-            return None
-    if not isinstance(client, Client):
-        message = f"client must be a distributed.Client or None, got {type(client).__name__}"
-        raise ConfigurationError(message)
-    if client.asynchronous:
-        message = "client is asynchronous; make one with Client(..., asynchronous=False)"
-        raise ConfigurationError(message)
-    if client.status != "running":
-        message = f"client is {client.status}; connect a new one to the cluster"
-        raise ClusterError(message)
-    return client
+    with cluster_of(client) as found, ending_cleanly():
+        saved = open_checkpoints(options.checkpoint, resume=resume)
+        prepared = prepare(
+            options if saved is None else options.with_layout_of(saved.configuration),
+            X,
+            y,
+            sample_weight=sample_weight,
+            validation=validation,
+            client=found,
+            settings=in_force,
+        )
+        return execute(
+            prepared,
+            engine=engine,
+            callbacks=callbacks,
+            client=found,
+            settings=in_force,
+            called_s=called_s,
+            recovery=options.recovery,
+            checkpoint=options.checkpoint,
+            saved=saved,
+        )

@@ -26,6 +26,8 @@ DEFAULTS = {
     "exchange-timeout": "10 minutes",
     # Forming a gang (tasks started, memory mapped, groups connected) may take so long.
     "start-timeout": "2 minutes",
+    # A run waits so long for another one that trains on the same workers.
+    "queue-timeout": "1 day",
     # Rank 0 reports at most so often.
     "progress-interval": "200 ms",
     # Buffers above this size are reduced slice by slice, each rank owning one slice.
@@ -54,6 +56,8 @@ class Settings:
         Deadline of a wait for peers, in seconds.
     start_timeout_s : float
         Deadline for forming a gang, in seconds.
+    queue_timeout_s : float
+        How long to wait for another run on the same workers, in seconds.
     progress_interval_s : float
         Least time between two progress reports, in seconds.
     slice_above_bytes : int
@@ -64,6 +68,7 @@ class Settings:
     block_size_bytes: int
     exchange_timeout_s: float
     start_timeout_s: float
+    queue_timeout_s: float
     progress_interval_s: float
     slice_above_bytes: int
 
@@ -93,6 +98,7 @@ def settings() -> Settings:
         block_size_bytes=values["block-size"],
         exchange_timeout_s=values["exchange-timeout"],
         start_timeout_s=values["start-timeout"],
+        queue_timeout_s=values["queue-timeout"],
         progress_interval_s=values["progress-interval"],
         slice_above_bytes=values["slice-above"],
     )

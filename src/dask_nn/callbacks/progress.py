@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from dask_nn.callbacks.base import Callback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
@@ -55,31 +56,33 @@ def sentence(event: Event) -> str | None:
     event : Event
         Of a run.
     """
-    details = event.details
-    match event.name:
-        case "recovered":
-            lost = ", ".join(details["lost"])
-            what = f"worker {lost} lost" if lost else "the gang broke"
-            return (
-                f"{what} at step {details['step']:,}, going on with {_ranks(details)} after "
-                f"{details['seconds']:.1f} s"
-            )
-        case "resized":
-            return f"going on with {_ranks(details)} from step {details['step']:,}"
-        case "worker-refused":
-            return f"worker {details['address']} takes no part: {details['reason']}"
-        case "checkpoint-failed":
-            reason = details.get("reason") or details.get("error")
-            return f"a checkpoint could not be written: {reason}"
-        case "resumed":
-            return f"resumed from {details['path']} at step {details['steps']:,}"
-        case _:
-            return None
+    say = _SENTENCES.get(event.name)
+    return say(event.details) if say is not None else None
+
+
+def _recovered(details: dict[str, Any]) -> str:
+    lost = ", ".join(details["lost"])
+    what = f"worker {lost} lost" if lost else "the gang broke"
+    return (
+        f"{what} at step {details['step']:,}, going on with {_ranks(details)} after "
+        f"{details['seconds']:.1f} s"
+    )
 
 
 def _ranks(details: dict[str, Any]) -> str:
     count = details["ranks"]
     return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+_SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "queued": lambda d: f"waiting for another training on {', '.join(d['workers'])}",
+    "recovered": _recovered,
+    "resized": lambda d: f"going on with {_ranks(d)} from step {d['step']:,}",
+    "worker-refused": lambda d: f"worker {d['address']} takes no part: {d['reason']}",
+    "checkpoint-failed": lambda d: f"a checkpoint could not be written: {d['reason']}",
+    "checkpoint-refused": lambda d: f"the checkpoint {d['path']} is passed over: {d['reason']}",
+    "resumed": lambda d: f"resumed from {d['path']} at step {d['steps']:,}",
+}
 
 
 class RichProgress(Callback):

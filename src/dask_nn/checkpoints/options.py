@@ -64,7 +64,7 @@ class Checkpoint:
         if not isinstance(url, str | os.PathLike) or not os.fspath(url):
             message = f"checkpoint must be a path, a URL or a Checkpoint(...), got {url!r}"
             raise ConfigurationError(message)
-        object.__setattr__(self, "url", os.fspath(url))
+        object.__setattr__(self, "url", _whole_url(os.fspath(url)))
         self._check_every()
         if self.keep is not None and not _is_count(self.keep):
             message = f"keep must be a positive integer or None, got {self.keep!r}"
@@ -124,6 +124,13 @@ class Checkpoint:
             return seconds >= self.every.total_seconds()
         return isinstance(self.every, int) and steps >= self.every
 
+    def save_at(self) -> float | None:
+        """Give the time, by ``time.time()``, at which this process's SLURM job is about to end."""
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if self.before_walltime_s is None or not end.isdecimal():
+            return None
+        return float(end) - self.before_walltime_s
+
     def is_better(self, value: float, than: float) -> bool:
         """Compare two values of the `best` entry."""
         return value > than if self._larger_is_better else value < than
@@ -134,6 +141,13 @@ class Checkpoint:
             return self.best_mode == "max"
         name = self.best or ""
         return not any(word in name for word in ("loss", "error", "perplexity", "seconds"))
+
+
+def _whole_url(url: str) -> str:
+    """Make a path absolute: workers may run in another folder than the client."""
+    if "://" in url or "::" in url:
+        return url
+    return os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111  (text in, text out)
 
 
 def _is_count(value: Any) -> bool:

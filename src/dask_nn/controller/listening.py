@@ -55,6 +55,8 @@ class RankMessages:
         The gang that is listened to.
     leaving : set of str
         Workers of ranks that are about to close.
+    save_wanted : bool
+        Whether the time of a rank's job is about to end.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class RankMessages:
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.generation = 0
         self.leaving: set[str] = set()
+        self.save_wanted = False
 
     def subscribe(self) -> None:
         """Begin to hear."""
@@ -109,6 +112,8 @@ class RankMessages:
                 self._heartbeats.note_beat(message["rank"], details["stuck_s"])
             case "leaving":
                 self.leaving.add(details["address"])
+            case "walltime":
+                self.save_wanted = True
             case "start":
                 self._on_start(time_s, details)
             case "progress":

@@ -15,7 +15,7 @@ from dask_nn.errors import ConfigurationError, IncompatibleWorkers
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from distributed import Client
 
@@ -126,12 +126,14 @@ class Membership:
                 self._follow(address)
         return refused
 
-    def seating(self, *, shards: int, threads_per_rank: int, device: str) -> Seating | None:
+    def seating(
+        self, *, shards: int, threads_per_rank: int, device: str, taken: Collection[str] = ()
+    ) -> Seating | None:
         """Choose the workers of a gang among those that are there; None if none can run a rank."""
         able = [
             facts
             for address, facts in self._facts.items()
-            if address not in self.removed and address not in self._excluded
+            if not (address in self.removed or address in self._excluded or address in taken)
         ]
         if not able:
             return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dask_nn.checkpoints.codec import encode
 from dask_nn.data.plan import PLAN_VERSION
 from dask_nn.errors import ConfigurationError
 from dask_nn.training.checkpointing import load_newest, prepare_storage
@@ -102,16 +103,52 @@ def open_checkpoints(checkpoint: Checkpoint | None, *, resume: bool) -> SavedRun
     )
 
 
-def describe_run(spec: TrainingSpec) -> dict[str, Any]:
+def check_best(checkpoint: Checkpoint, spec: TrainingSpec, *, validated: bool) -> None:
+    """Check that the entry by which the best checkpoint is chosen will be in the history.
+
+    Raises
+    ------
+    ConfigurationError
+        If it will not.
+    """
+    names = ["loss", *spec.metrics]
+    if validated:
+        names += [f"val_{name}" for name in names]
+    if checkpoint.best is not None and checkpoint.best not in names:
+        message = (
+            f"best must be an entry of the history, one of {', '.join(names)}, got "
+            f"{checkpoint.best!r}"
+        )
+        if checkpoint.best.startswith("val_") and not validated:
+            message += "; give validation= for the others"
+        raise ConfigurationError(message)
+
+
+def describe_run(spec: TrainingSpec, *, saved: bool = False) -> dict[str, Any]:
     """Give everything that decides the bits of a run, as plain values.
 
     The number of epochs is left out: a finished run can be resumed with more of them.
+
+    Parameters
+    ----------
+    spec : TrainingSpec
+        The run.
+    saved : bool
+        Whether there will be checkpoints, so that its state must be one that can be saved.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot.
     """
     data = repr((spec.block_lengths, [(f.name, f.shape, f.dtype.str) for f in spec.fields]))
     model = repr(
         [(name, tuple(t.shape), str(t.dtype)) for name, t in spec.model.state_dict().items()]
     )
-    optimizer = TrainingState(spec, torch.device("cpu")).optimizer
+    state = TrainingState(spec, torch.device("cpu"))
+    if saved:
+        scheduler = {} if state.scheduler is None else state.scheduler.state_dict()
+        encode({"optimizer": state.optimizer_weights(), "scheduler": scheduler}, {})
     return {
         "plan_version": PLAN_VERSION,
         "shards": spec.shards,
@@ -123,6 +160,6 @@ def describe_run(spec: TrainingSpec) -> dict[str, Any]:
         "num_samples": sum(spec.block_lengths),
         "data": hashlib.sha256(data.encode()).hexdigest()[:16],
         "model": hashlib.sha256(model.encode()).hexdigest()[:16],
-        "optimizer": type(optimizer).__name__,
+        "optimizer": type(state.optimizer).__name__,
         "clip_grad_norm": spec.clip_grad_norm,
     }

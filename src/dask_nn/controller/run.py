@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dask_nn.controller.graph import run_graph
 from dask_nn.controller.listening import Listener
 from dask_nn.controller.rank_group import choose_collective
-from dask_nn.controller.resume import SavedRun, describe_run, open_checkpoints
+from dask_nn.controller.resume import SavedRun, check_best, describe_run, open_checkpoints
 from dask_nn.controller.spmd import run_spmd
 from dask_nn.controller.worker_side import RankPayload
 from dask_nn.errors import NonFiniteLoss, RankFailed, TrainingInterrupted
@@ -104,7 +104,9 @@ def execute(
         batch_size=spec.batch_size,
     )
     story = _Story(info, callbacks, called_s)
-    configuration = describe_run(spec)
+    configuration = describe_run(spec, saved=checkpoint is not None)
+    if checkpoint is not None:
+        check_best(checkpoint, spec, validated=prepared.validation is not None)
     start = None
     if saved is not None:
         saved.check(configuration)

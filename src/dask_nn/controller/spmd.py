@@ -7,26 +7,27 @@ import threading
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers
 from dask_nn.controller.failure_policy import Recovery, Situation, decide
+from dask_nn.controller.gang_watch import GangEnd, GangWatch
 from dask_nn.controller.heartbeats import Heartbeats
 from dask_nn.controller.keeping import Position, StateSource
+from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
 from dask_nn.controller.rank_group import RankGroup, choose_collective
 from dask_nn.controller.worker_side import forget_run
-from dask_nn.errors import ClusterError, IncompatibleWorkers, WorkerLost
+from dask_nn.errors import WorkerLost
 from dask_nn.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from distributed import Client
 
-    from dask_nn.controller.failure_policy import Cause
     from dask_nn.controller.placement import Seating, WorkerFacts
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.training.outcome import RankOutcome
@@ -34,18 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "run_spmd"]
 
-POLL_S = 0.2
-# Once a gang breaks, its ranks get so long to say how they ended.
-AFTERMATH_S = 5.0
-# Ctrl-C waits so long for the ranks to reach a step boundary.
-STOP_S = 1.5
-# However the run ended, ranks that still work get so long to notice.
-END_S = 2.0
 # A gang is resized at most so often: each time costs a fraction of a second.
 RESIZE_EVERY_S = 5.0
-CATCH_UP_EVERY_S = 1.0
-# A look that comes so late finds silence that is this process's own fault.
-LATE_S = 3.0
 
 
 def run_spmd(
@@ -92,7 +83,7 @@ def run_spmd(
     WorkerLost
         If workers were lost and `recovery` says not to go on.
     ClusterError
-        If the scheduler is gone.
+        If the scheduler is gone, or other trainings keep the workers for too long.
     """
     changed = threading.Event()
     with Membership(client, workers, changed) as membership:
@@ -106,20 +97,8 @@ def run_spmd(
             restore_blocks=restore_blocks,
             reload=reload,
         )
-        with run.listening():
+        with run.at_work():
             return run.train(seating)
-
-
-@dataclass
-class _GangEnd:
-    """How a gang ended: with the run's end if there is no cause."""
-
-    outcomes: list[RankOutcome]
-    cause: Cause | None = None
-    lost: list[tuple[str, int]] = field(default_factory=list)
-    reason: str = ""
-    interrupted: bool = False
-    deadline: float | None = None
 
 
 class _Run:
@@ -144,6 +123,7 @@ class _Run:
         self._restore_blocks = restore_blocks
         self._reload = reload
         self._run_id = uuid.uuid4().hex[:12]
+        self._leases = Leases(client, self._run_id)
         self._heartbeats = Heartbeats(
             hang_timeout_s=recovery.hang_timeout_s,
             start_timeout_s=payload.settings.start_timeout_s,
@@ -156,37 +136,54 @@ class _Run:
             listener=listener,
             on_start=self._note_start,
         )
+        self._watch = GangWatch(
+            client,
+            membership=membership,
+            heartbeats=self._heartbeats,
+            messages=self._messages,
+            recovery=recovery,
+            changed=changed,
+            listener=listener,
+            wants_resize=self._wants_resize,
+        )
         self._canary = b""
         self._source: StateSource | None = None
         self._generation = 0
         self._failures = 0
         self._failures_at: Counter[Position | None] = Counter()
         self._states: dict[str, StateSource] = {}
-        self._broken: tuple[float, _GangEnd] | None = None
+        self._last_end: GangEnd | None = None
         self._ranks = 0
         self._started = False
-        self._resized = self._looked = self._caught_up = time.monotonic()
+        self._resized = time.monotonic()
 
     @contextlib.contextmanager
-    def listening(self) -> Any:
-        """Hear the ranks for the length of a block, and let the workers forget them after it."""
+    def at_work(self) -> Iterator[None]:
+        """Hear the ranks for the length of a block; nothing of the run stays after it."""
         self._messages.subscribe()
         try:
             yield
         finally:
             with contextlib.suppress(Exception):  # what ended the run says more
                 self._messages.unsubscribe()
+                self._leases.release()
                 present = self._client.scheduler_info(n_workers=-1)["workers"]
                 ask_workers(
                     self._client, forget_run, list(present), self._run_id, timeout_s=1.0
                 ).result(2.0)
+            del self._watch, self._messages
 
     def train(self, seating: Seating) -> tuple[list[RankOutcome], bool]:
         """Run gang after gang."""
+        try:
+            seating = self._take_turns(seating)
+        except KeyboardInterrupt:
+            return [], True
         while True:
             end = self._run_gang(seating)
             if end.cause is None:
                 return end.outcomes, end.interrupted
+            self._last_end = end
             self._find_newest(end)
             found = self._next_seating(seating, end)
             if found is None:
@@ -194,7 +191,23 @@ class _Run:
             seating = found
             self._generation += 1
 
-    def _run_gang(self, seating: Seating) -> _GangEnd:
+    def _take_turns(self, seating: Seating) -> Seating:
+        """Get workers that no other run has: others of as many, where there are some, or wait."""
+        ranks = len(seating.workers)
+        taken = self._leases.taken()
+        if taken:
+            free = self._seating(taken)
+            if free is not None and len(free.workers) >= ranks:
+                seating = free
+        addresses = [worker.address for worker in seating.workers]
+        self._leases.wait_for(
+            addresses,
+            self._payload.settings.queue_timeout_s,
+            lambda others: self._tell("queued", workers=sorted(others)),
+        )
+        return seating
+
+    def _run_gang(self, seating: Seating) -> GangEnd:
         self._heartbeats.clear()
         self._messages.generation = self._generation
         self._ranks = len(seating.workers)
@@ -220,150 +233,34 @@ class _Run:
                 if not gone:
                     raise
                 lost = [(seat.address, seat.rank) for seat in gone]
-                return _GangEnd([], cause="lost", lost=lost, reason=str(error))
-            return self._watch(group)
+                return GangEnd(cause="lost", lost=lost, reason=str(error))
+            return self._watch.follow(group)
         finally:
-            self._end(group)
+            self._watch.end(group)
             group.release()
-
-    def _watch(self, group: RankGroup) -> _GangEnd:
-        """Follow a gang until all its ranks have ended, or those that did not are given up."""
-        end = _GangEnd([])
-        while True:
-            try:
-                self._changed.wait(POLL_S)
-                self._changed.clear()
-                self._look_around()
-                if self._has_ended(group, end):
-                    return end
-            except KeyboardInterrupt:
-                if end.interrupted:
-                    raise
-                end.interrupted = True
-                end.deadline = time.monotonic() + STOP_S
-                group.signal("stop", self._membership.removed)
-
-    def _look_around(self) -> None:
-        """Learn what happened since the last look."""
-        now = time.monotonic()
-        if self._client.status != "running":
-            message = (
-                f"the connection to the scheduler is {self._client.status}; without it nobody can "
-                "say what became of the workers. A checkpoint= resumes on another cluster"
-            )
-            raise ClusterError(message)
-        if now - self._looked > LATE_S:  # this process slept: nobody else is to blame
-            self._heartbeats.forgive(now)
-        if now - self._caught_up > CATCH_UP_EVERY_S:
-            self._membership.catch_up()
-            self._caught_up = time.monotonic()
-        self._looked = time.monotonic()
-        self._messages.deliver()
-        for address, reason in self._membership.refused().items():
-            self._tell("worker-refused", address=address, rank=-1, step=-1, reason=reason)
-
-    def _has_ended(self, group: RankGroup, end: _GangEnd) -> bool:
-        """Judge a gang, and act on it; True when nothing more can be learnt from it."""
-        removed = self._membership.removed
-        at_work = group.running(removed)  # before the outcomes: those are complete then
-        end.outcomes = [outcome for outcome in group.outcomes() if outcome is not None]
-        if end.cause in {None, "resize"} and not end.interrupted:
-            self._look_for_trouble(group, end)
-        if not at_work:
-            self._judge(end)
-            self._name_the_lost(group, end)
-            return True
-        if end.cause is None and self._wants_resize(group):
-            self._set_cause(end, "resize", AFTERMATH_S + self._recovery.hang_timeout_s)
-            group.signal("stop", removed)
-        elif end.cause not in {None, "resize"}:
-            group.signal("abort", removed)  # again and again: one may just be starting
-        if end.deadline is None or time.monotonic() < end.deadline:
-            return False
-        if not end.interrupted:
-            end.cause, end.reason = "hung", "did not end when asked to"
-            end.lost += [(seat.address, seat.rank) for seat in at_work]
-            for seat in at_work:
-                self._membership.evict(seat.address, end.reason)
-        return True
-
-    def _set_cause(self, end: _GangEnd, cause: Cause, patience_s: float) -> None:
-        now = time.monotonic()
-        end.cause, end.deadline = cause, now + patience_s
-        self._broken = (now, end)
-
-    def _look_for_trouble(self, group: RankGroup, end: _GangEnd) -> None:
-        """Set the cause if the gang cannot finish what it began."""
-        removed = self._membership.removed
-        gone = group.lost(removed)
-        if gone:
-            end.lost = [(seat.address, seat.rank) for seat in gone]
-            end.reason = "left the cluster"
-            self._set_cause(end, "lost", AFTERMATH_S)
-            return
-        seats = {seat.rank: seat for seat in group.running(removed)}
-        hung = self._heartbeats.hung(seats, time.monotonic())
-        for rank, silent_s in hung.items():
-            address = seats[rank].address
-            end.lost.append((address, rank))
-            end.reason = f"gave no sign of life for {silent_s:.0f} s"
-            self._membership.evict(address, end.reason)
-        if hung:
-            self._set_cause(end, "hung", AFTERMATH_S)
-        elif any(outcome.status in {"failed", "aborted"} for outcome in end.outcomes):
-            self._set_cause(end, "broken", AFTERMATH_S)
-
-    def _judge(self, end: _GangEnd) -> None:
-        """Decide what the outcomes of a gang that has ended mean for the run."""
-        failed = [outcome for outcome in end.outcomes if outcome.status == "failed"]
-        refused = [o for o in failed if isinstance(o.exception, IncompatibleWorkers)]
-        if refused and self._generation:
-            error = refused[0].exception
-            end.cause = "refused"
-            end.reason = str(error)
-            for address in getattr(error, "addresses", ()):
-                self._membership.exclude(address, end.reason)
-                end.lost.append((address, -1))
-            return
-        done = {outcome.status for outcome in end.outcomes}
-        leader = any(o.rank == 0 and o.state for o in end.outcomes)
-        # An exception of the user's code would come again; so would a loss that is not finite.
-        if failed or "non_finite" in done or end.interrupted:
-            end.cause = None
-        elif end.cause == "resize":
-            end.cause = None if done == {"finished"} and leader else "resize"
-        elif end.cause is None and not (leader and done <= {"finished", "stopped"}):
-            end.cause = "broken"
-
-    def _name_the_lost(self, group: RankGroup, end: _GangEnd) -> None:
-        """Add workers that were lost after the gang broke, or were the reason that it did."""
-        if end.cause is None:
-            return
-        named = {address for address, _ in end.lost}
-        later = [seat for seat in group.lost(self._membership.removed) if seat.address not in named]
-        end.lost += [(seat.address, seat.rank) for seat in later]
-        if later and end.cause in {"broken", "resize"}:
-            end.cause, end.reason = "lost", "left the cluster"
 
     def _wants_resize(self, group: RankGroup) -> bool:
         now = time.monotonic()
         if now - self._resized < RESIZE_EVERY_S or not self._started:
             return False
         members = {seat.address for seat in group.seats}
-        if members & self._messages.leaving:
-            for address in self._messages.leaving:
-                self._membership.exclude(address, "it is closing")
+        wanted = bool(members & self._messages.leaving)
+        if not wanted and self._recovery.elastic:
+            self._exclude_leaving()
+            seating = self._seating()
+            wanted = seating is not None and len(seating.workers) > len(members)
+            if wanted:
+                seating = self._seating(self._leases.taken())
+                wanted = seating is not None and len(seating.workers) > len(members)
+        if wanted:
             self._resized = now
-            return True
-        if not self._recovery.elastic:
-            return False
-        seating = self._seating()
-        if seating is not None and len(seating.workers) > len(group.seats):
-            self._resized = now
-            return True
-        return False
+        return wanted
 
-    def _find_newest(self, end: _GangEnd) -> None:
+    def _exclude_leaving(self) -> None:
+        for address in self._messages.leaving:
+            self._membership.exclude(address, "it is closing")
+
+    def _find_newest(self, end: GangEnd) -> None:
         """Take the newest state that a rank of the gang has left as the truth."""
         alive = [
             outcome
@@ -380,7 +277,7 @@ class _Run:
             del self._states[address]
         self._source = max(self._states.values(), key=lambda source: source.position, default=None)
 
-    def _next_seating(self, before: Seating, end: _GangEnd) -> Seating | None:
+    def _next_seating(self, before: Seating, end: GangEnd) -> Seating | None:
         """Wait until there are workers to go on with; None after Ctrl-C."""
         cause = end.cause or "broken"
         position = None if self._source is None else self._source.position
@@ -388,16 +285,9 @@ class _Run:
             self._failures += 1
             same_step = self._failures_at[position] + 1
             self._failures_at = Counter({position: same_step})
-        broken = self._broken[0] if self._broken is not None else time.monotonic()
-        steps = max((outcome.steps for outcome in end.outcomes), default=0)
-        for address, rank in end.lost:
-            self._tell(f"worker-{cause}", address=address, rank=rank, step=steps, reason=end.reason)
-        if cause == "broken":
-            errors = sorted({o.error for o in end.outcomes if o.error})
-            self._tell("gang-broken", step=steps, reason="; ".join(errors))
+        self._tell_of_losses(end)
         while True:
-            self._look_around()
-            seating = self._seating()
+            seating = self._find_seating()
             action = decide(
                 Situation(
                     cause=cause,
@@ -405,7 +295,7 @@ class _Run:
                     same_step=self._failures_at[position],
                     ranks=len(before.workers),
                     able=0 if seating is None else len(seating.workers),
-                    waited_s=time.monotonic() - broken,
+                    waited_s=time.monotonic() - end.broken_at,
                 ),
                 self._recovery,
             )
@@ -415,32 +305,42 @@ class _Run:
             if action.name == "go_on" and seating is not None:
                 break
             try:
-                self._changed.wait(POLL_S)
-                self._changed.clear()
+                self._watch.wait()
             except KeyboardInterrupt:
-                end.interrupted = True
                 return None
         if cause != "resize":
             self._membership.settle()
             self._restore_blocks()
         return seating
 
-    def _seating(self) -> Seating | None:
+    def _tell_of_losses(self, end: GangEnd) -> None:
+        steps = max((outcome.steps for outcome in end.outcomes), default=0)
+        for address, rank in end.lost:
+            self._tell(
+                f"worker-{end.cause}", address=address, rank=rank, step=steps, reason=end.reason
+            )
+        if end.cause == "broken":
+            errors = sorted({o.error for o in end.outcomes if o.error})
+            self._tell("gang-broken", step=steps, reason="; ".join(errors))
+
+    def _find_seating(self) -> Seating | None:
+        """Choose and claim the workers of the next gang among those that are there now."""
+        self._watch.look_around()
+        self._exclude_leaving()
+        seating = self._seating(self._leases.taken())
+        if seating is None:
+            return None
+        addresses = {worker.address for worker in seating.workers}
+        return None if self._leases.claim(addresses) else seating
+
+    def _seating(self, taken: Collection[str] = ()) -> Seating | None:
         spec = self._payload.spec
         return self._membership.seating(
-            shards=spec.shards, threads_per_rank=spec.threads_per_rank, device=spec.device
+            shards=spec.shards,
+            threads_per_rank=spec.threads_per_rank,
+            device=spec.device,
+            taken=taken,
         )
-
-    def _end(self, group: RankGroup) -> None:
-        """End ranks that are still at work: a cancelled task would go on in its thread."""
-        deadline = time.monotonic() + END_S
-        removed = self._membership.removed
-        while self._client.status == "running" and group.running(removed):
-            if time.monotonic() > deadline:
-                return
-            group.signal("abort", removed)
-            self._changed.wait(POLL_S)
-            self._changed.clear()
 
     def _tell(self, name: str, **details: Any) -> None:
         self._listener.on_event(Event(name=name, time_s=time.time(), details=details))
@@ -455,13 +355,11 @@ class _Run:
             self._listener.on_event(Event(name="first-step", time_s=time_s))
             return
         self._canary = self._canary or canary
-        seconds, end = 0.0, None
-        if self._broken is not None:
-            seconds, end = time.monotonic() - self._broken[0], self._broken[1]
+        end = self._last_end
         self._tell(
             "resized" if end is not None and end.cause == "resize" else "recovered",
             lost=[address for address, _ in end.lost] if end is not None else [],
             ranks=self._ranks,
             step=details["steps"],
-            seconds=seconds,
+            seconds=0.0 if end is None else time.monotonic() - end.broken_at,
         )

@@ -36,9 +36,11 @@ class Watchdog:
         The rank's; it counts its signs of life.
     tell : callable
         Sends a message of a kind, with details, to the client.
-    leave : callable
-        Called once with ``"orphaned"`` or ``"leaving"``, when nobody wants the rank any more or its
-        worker is about to close.
+    obey : callable
+        Given the order ``"leave"``, when nobody wants the rank any more or its worker is about to
+        close.
+    ends_at : float or None
+        When the client is told that the job of this worker is about to end, by ``time.time()``.
     """
 
     def __init__(
@@ -48,13 +50,15 @@ class Watchdog:
         comm: Communicator,
         *,
         tell: Callable[[str, dict[str, Any]], None],
-        leave: Callable[[str], None],
+        obey: Callable[[str], None],
+        ends_at: float | None = None,
     ) -> None:
         self._worker = worker
         self._key = key
         self._comm = comm
         self._tell = tell
-        self._leave = leave
+        self._obey = obey
+        self._ends_at = ends_at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dask-nn-watchdog", daemon=True)
 
@@ -76,16 +80,19 @@ class Watchdog:
             status = self._worker.status
             if status in {Status.closing_gracefully, Status.closing} and not leaving:
                 leaving = True
-                self._leave("leaving")
+                self._obey("leave")
                 self._tell("leaving", {"address": self._worker.address})
             if status is Status.closed:
                 self._comm.abort()
                 return
             if orphaned_at is None and not self._is_wanted():
                 orphaned_at = now
-                self._leave("orphaned")
+                self._obey("leave")
             if orphaned_at is not None and now - orphaned_at > ORPHAN_S:
                 self._comm.abort()
+            if self._ends_at is not None and time.time() >= self._ends_at:
+                self._ends_at = None
+                self._tell("walltime", {})
             self._tell("beat", {"stuck_s": now - since, "started": beats > 0})
 
     def _is_wanted(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dask.system import cpu_count
-from distributed import Worker, get_worker, secede
+from distributed import Worker, WorkerPlugin, get_worker, secede
+from distributed.utils import sync
 
 from dask_nn import faults
 from dask_nn.controller import keeping
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["RankPayload", "Seat", "describe", "forget_run", "run_rank", "signal_ranks"]
 
 # A worker that closes waits so long for its ranks to reach a step boundary.
-LEAVE_S = 5.0
+LEAVE_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +123,21 @@ class RankHandle:
     abort: threading.Event
     stop: threading.Event
     save: threading.Event = field(default_factory=threading.Event)
+    save_soon: threading.Event = field(default_factory=threading.Event)
+    address: str = ""
 
-    def leave(self, reason: str) -> None:
-        """Stop at the next step boundary and save what is reached, for a reason from outside."""
-        del reason
-        self.save.set()
-        self.stop.set()
+    def obey(self, order: str) -> None:
+        """Do as a signal or the rank's own watchman says; see `signal_ranks`."""
+        match order:
+            case "abort":
+                self.abort.set()
+            case "stop":
+                self.stop.set()
+            case "leave":
+                self.save.set()
+                self.stop.set()
+            case "save":
+                self.save_soon.set()
 
 
 _handles: dict[tuple[str, int], list[RankHandle]] = defaultdict(list)
@@ -172,12 +183,51 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
 
 
 def signal_ranks(run_id: str, generation: int, order: str) -> int:
-    """Ask this process's ranks of a gang to ``"stop"`` or to ``"abort"``; return their number."""
+    """Give an order to this process's ranks of a gang; return their number.
+
+    Parameters
+    ----------
+    run_id, generation
+        The gang.
+    order : str
+        ``"stop"`` at the next step boundary; ``"leave"``, which saves what is reached besides;
+        ``"save"`` and go on; ``"abort"`` at once.
+    """
     with _handles_lock:
         handles = list(_handles.get((run_id, generation), ()))
     for handle in handles:
-        (handle.abort if order == "abort" else handle.stop).set()
+        handle.obey(order)
     return len(handles)
+
+
+class _Farewell(WorkerPlugin):
+    """Lets the ranks of a worker that closes reach a step boundary, and save.
+
+    Dask closes workers on SIGTERM, which is how SLURM and Kubernetes announce a job's end.
+    """
+
+    name = "dask-nn-farewell"
+
+    async def teardown(self, worker: Worker) -> None:
+        deadline = time.monotonic() + LEAVE_S
+        while handles := self._handles(worker.address):
+            for handle in handles:
+                handle.obey("leave" if time.monotonic() < deadline else "abort")
+            if time.monotonic() > deadline + 1:
+                return
+            await asyncio.sleep(0.02)
+
+    @staticmethod
+    def _handles(address: str) -> list[RankHandle]:
+        with _handles_lock:
+            found = [handle for handles in _handles.values() for handle in handles]
+        return [handle for handle in found if handle.address == address]
+
+
+async def _say_farewell(worker: Worker) -> None:
+    """Install the plugin on this one worker, once."""
+    if _Farewell.name not in worker.plugins:
+        await worker.plugin_add(_Farewell(), _Farewell.name)
 
 
 def forget_run(run_id: str) -> None:
@@ -219,7 +269,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     # Fetching and preprocessing tasks go on on this worker, and adaptive scaling leaves it alone.
     secede()
     content: RankPayload = pickle.loads(payload)  # noqa: S301  (made by this run's own client)
-    handle = RankHandle(seat.rank, threading.Event(), threading.Event())
+    handle = RankHandle(seat.rank, threading.Event(), threading.Event(), address=seat.address)
     place = (seat.run_id, seat.generation)
     with _handles_lock:
         if any(other.rank == seat.rank for other in _handles[place]):
@@ -252,7 +302,10 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
         return make_reader(worker, keys, size_bytes=size_bytes, uses=uses, abort=handle.abort)
 
     comm = _communicator(worker, seat, content.settings, handle.abort)
-    watchdog = Watchdog(worker, key, comm, tell=tell, leave=handle.leave)
+    sync(worker.loop, _say_farewell, worker)
+    checkpoint = content.checkpoint
+    ends_at = checkpoint.save_at() if checkpoint is not None else None
+    watchdog = Watchdog(worker, key, comm, tell=tell, obey=handle.obey, ends_at=ends_at)
     spec = content.spec
     try:
         with quiet_worker(worker), watchdog:
@@ -269,11 +322,12 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                     shared_process=seat.shared_process,
                     stop_event=handle.stop,
                     save_event=handle.save,
+                    save_soon=handle.save_soon,
                     start=lambda: _start(worker, seat, content, handle.abort),
                     carried=keeping.kept(worker.address, seat.run_id),
                     canary=seat.canary,
                     keep=keep,
-                    checkpoint=content.checkpoint,
+                    checkpoint=checkpoint,
                     configuration=content.configuration
                     | {"run_id": seat.run_id, "generation": seat.generation},
                     on_start=lambda facts: tell("start", facts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,6 +52,8 @@ class Checkpointer:
         What decides the bits of the run, with ``run_id`` and ``generation``.
     on_event : callable, optional
         Told of every checkpoint, written or not.
+    save_soon : threading.Event, optional
+        Asks for a checkpoint at the next step boundary.
     """
 
     def __init__(
@@ -59,7 +62,10 @@ class Checkpointer:
         *,
         configuration: dict[str, Any],
         on_event: Callable[[str, dict[str, Any]], None] | None,
+        save_soon: threading.Event | None = None,
     ) -> None:
+        self._save_soon = save_soon or threading.Event()
+        self._save_at = options.save_at()
         self._options = options
         self._configuration = dict(configuration)
         self._run_id = str(self._configuration.pop("run_id", ""))
@@ -90,6 +96,12 @@ class Checkpointer:
     def _is_due(self, run: Saved, *, epoch_ended: bool) -> bool:
         if self._saved_steps is None:
             self._saved_steps = run.first_steps
+        if self._save_at is not None and time.time() >= self._save_at:
+            self._save_at = None
+            self._save_soon.set()
+        if self._save_soon.is_set():
+            self._save_soon.clear()
+            return True
         return self._options.due(
             run.steps - self._saved_steps, time.monotonic() - self._saved_s, epoch_ended
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dask_nn import faults
@@ -107,6 +108,7 @@ class TrainingLoop:
         self._stop_event = stop_event
         self._on_progress = on_progress
         self._on_epoch = on_epoch
+        self._place = partial(_place, comm, state)
         self._own = range(*shard_range(comm.rank, comm.world_size, spec.shards))
         self._shard_step = ShardStep(
             state.model,
@@ -308,10 +310,6 @@ class TrainingLoop:
         if self._checkpointer is not None:
             self._checkpointer.after_epoch(self, record)
 
-    def _place(self) -> dict[str, int]:
-        """Say where the loop is, for whoever breaks it in a test."""
-        return {"rank": self._comm.rank, "step": self._state.steps}
-
     def _compute_leaf(self, shard: int, views: LeafViews) -> None:
         """Write the leaf of one of this rank's shards for the step at hand."""
         state = self._state
@@ -374,3 +372,8 @@ class TrainingLoop:
         gathered = self._comm.all_gather_bytes(pickle.dumps(parts))
         merged = merge_named([part for chunk in gathered for part in pickle.loads(chunk)])  # noqa: S301
         return compute(self._spec.metrics, merged)
+
+
+def _place(comm: Communicator, state: TrainingState) -> dict[str, int]:
+    """Say where a rank is, for whoever breaks it in a test."""
+    return {"rank": comm.rank, "step": state.steps}

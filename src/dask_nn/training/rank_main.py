@@ -54,6 +54,8 @@ class RankEnvironment:
         Asks this rank to stop at a step boundary.
     save_event : threading.Event
         Makes a rank that was asked to stop save a checkpoint of what is reached.
+    save_soon : threading.Event
+        Makes rank 0 save a checkpoint at the next step boundary and go on.
     start : callable, optional
         Gives the state from which to start; None for the beginning.
     carried : Keepsake, optional
@@ -79,6 +81,7 @@ class RankEnvironment:
     shared_process: bool = False
     stop_event: threading.Event = field(default_factory=threading.Event)
     save_event: threading.Event = field(default_factory=threading.Event)
+    save_soon: threading.Event = field(default_factory=threading.Event)
     start: Callable[[], Snapshot | None] | None = None
     carried: Keepsake | None = None
     canary: bytes = b""
@@ -166,7 +169,10 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         )
     if first and env.checkpoint is not None:
         standing.checkpointer = Checkpointer(
-            env.checkpoint, configuration=env.configuration, on_event=env.on_event
+            env.checkpoint,
+            configuration=env.configuration,
+            on_event=env.on_event,
+            save_soon=env.save_soon,
         )
     loop = TrainingLoop(
         spec,

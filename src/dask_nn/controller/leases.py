@@ -1,0 +1,174 @@
+"""Who trains on which workers: runs that want the same ones take turns.
+
+The scheduler keeps the list, so that a look and a claim are one action there, and a run whose
+client is gone holds nothing any more: the scheduler knows its clients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.controller.cluster import in_loop
+from dask_nn.errors import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from distributed import Client
+
+__all__ = ["Leases"]
+
+ANSWER_S = 10.0
+POLL_S = 0.2
+# The attribute of the scheduler that holds the list.
+ATTRIBUTE = "dask_nn_leases"
+
+
+class Leases:
+    """The workers that a run has for itself.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    run_id : str
+        The run.
+    """
+
+    def __init__(self, client: Client, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+
+    def claim(self, wanted: Iterable[str]) -> set[str]:
+        """Claim some workers, if all of them are free and nobody waited for one of them before.
+
+        Workers that this run has and does not want any more are given back with success.
+
+        Returns
+        -------
+        set of str
+            Those of the wanted workers that others have or wait for; empty with success.
+
+        Raises
+        ------
+        ClusterError
+            If the scheduler does not answer.
+        """
+        return set(self._ask(_claim, sorted(wanted)))
+
+    def taken(self) -> set[str]:
+        """Give the workers that other runs have.
+
+        Raises
+        ------
+        ClusterError
+            If the scheduler does not answer.
+        """
+        return set(self._ask(_taken))
+
+    def wait_for(
+        self, wanted: Iterable[str], timeout_s: float, on_wait: Callable[[set[str]], None]
+    ) -> None:
+        """Claim some workers, in the order of asking.
+
+        Parameters
+        ----------
+        wanted : iterable of str
+            The workers.
+        timeout_s : float
+            How long to wait for others to end.
+        on_wait : callable
+            Told once which workers others have.
+
+        Raises
+        ------
+        ClusterError
+            If they are not free by then, or the scheduler does not answer.
+        """
+        wanted = sorted(wanted)
+        began = time.monotonic()
+        told = False
+        while others := self.claim(wanted):
+            if not told:
+                told = True
+                on_wait(others)
+            if time.monotonic() - began > timeout_s:
+                message = (
+                    f"another training still runs on {', '.join(sorted(others))} after "
+                    f"{timeout_s:g} s; wait for it, use other workers, or raise "
+                    "dask-nn.queue-timeout"
+                )
+                raise ClusterError(message)
+            time.sleep(POLL_S)
+
+    def release(self) -> None:
+        """Give everything back, and a place in the queue."""
+        with contextlib.suppress(Exception):  # what ended the run says more
+            self._ask(_release)
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        question: Any = self._client._run_on_scheduler(  # noqa: SLF001  (the other has no deadline)
+            function, self._run_id, self._client.id, *arguments
+        )
+        try:
+            return in_loop(self._client, question).result(ANSWER_S)
+        except TimeoutError as error:
+            message = f"the scheduler did not answer within {ANSWER_S:g} s"
+            raise ClusterError(message) from error
+
+
+def _table(scheduler: Any) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, list[str]]]]:
+    """Give who has each worker, and who waits for which, without those that are gone."""
+    table = getattr(scheduler, ATTRIBUTE, None)
+    if table is None:
+        table = ({}, {})
+        setattr(scheduler, ATTRIBUTE, table)
+    held, waiting = table
+    for address, (_, client_id) in list(held.items()):
+        if client_id not in scheduler.clients or address not in scheduler.workers:
+            del held[address]
+    for run_id, (client_id, _) in list(waiting.items()):
+        if client_id not in scheduler.clients:
+            del waiting[run_id]
+    return table
+
+
+def _claim(run_id: str, client_id: str, wanted: list[str], dask_scheduler: Any) -> list[str]:
+    held, waiting = _table(dask_scheduler)
+    earlier: set[str] = set()
+    for other, (_, addresses) in waiting.items():
+        if other == run_id:
+            break
+        earlier |= set(addresses)
+    others = [
+        address
+        for address in wanted
+        if address in earlier or held.get(address, (run_id, ""))[0] != run_id
+    ]
+    if others:
+        waiting.setdefault(run_id, (client_id, wanted))
+        return others
+    waiting.pop(run_id, None)
+    _give_back(held, run_id)
+    held.update(dict.fromkeys(wanted, (run_id, client_id)))
+    return []
+
+
+def _taken(run_id: str, client_id: str, dask_scheduler: Any) -> list[str]:
+    del client_id
+    held, _ = _table(dask_scheduler)
+    return [address for address, (owner, _) in held.items() if owner != run_id]
+
+
+def _release(run_id: str, client_id: str, dask_scheduler: Any) -> None:
+    del client_id
+    held, waiting = _table(dask_scheduler)
+    waiting.pop(run_id, None)
+    _give_back(held, run_id)
+
+
+def _give_back(held: dict[str, tuple[str, str]], run_id: str) -> None:
+    for address in [address for address, (owner, _) in held.items() if owner == run_id]:
+        del held[address]
