@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
+from distributed import Client
 from torch import nn
 from torch.optim import SGD
 
@@ -183,3 +187,50 @@ def _same_bits(result: TrainingResult, reference: TrainingResult) -> None:
                 assert value == other[key][name]
     assert [r["loss"] for r in result.history] == [r["loss"] for r in reference.history]
     assert result.steps == reference.steps
+
+
+@pytest.fixture
+def dask_config() -> Any:
+    import dask
+
+    return dask.config.set
+
+
+@pytest.fixture
+def dask_processes(tmp_path: Path) -> Iterator[Callable[[int], tuple[Any, list[Any], str]]]:
+    """Give a function that starts a scheduler and workers as processes of their own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def launch(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    def make(workers: int) -> tuple[Any, list[Any], str]:
+        file = tmp_path / "scheduler.json"
+        scheduler = launch(
+            "scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0",
+            "--scheduler-file", str(file),
+        )  # fmt: skip
+        deadline = time.monotonic() + 20
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        address = json.loads(file.read_text(encoding="utf-8"))["address"]
+        options = ("--no-nanny", "--nthreads", "1", "--no-dashboard", "--death-timeout", "5")
+        folder = ("--local-directory", str(tmp_path / "worker"))
+        found = [launch("worker", address, *options, *folder) for _ in range(workers)]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=30)
+            pretend_cores(client, 8)
+        return scheduler, found, address
+
+    yield make
+    for process in started:
+        process.kill()
+        process.wait()

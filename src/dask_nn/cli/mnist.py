@@ -47,6 +47,8 @@ class _Places:
     scheduler: str | None
     report: Path
     json: Path | None
+    checkpoint: str | None
+    resume: bool
 
     @property
     def weights(self) -> Path:
@@ -90,6 +92,12 @@ class _Places:
 )
 @click.option("--no-sequential", is_flag=True, help="Train with dask-nn alone.")
 @click.option(
+    "--checkpoint",
+    metavar="DIR",
+    help="Folder or URL in which the run is saved after every epoch.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint there.")
+@click.option(
     "--report",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("report"),
@@ -109,6 +117,8 @@ def mnist(
     threads_per_worker: int | None,
     scheduler: str | None,
     no_sequential: bool,
+    checkpoint: str | None,
+    resume: bool,
     report: Path,
     json_path: Path | None,
     hidden: int,
@@ -120,7 +130,11 @@ def mnist(
             "--workers and --threads-per-worker start a cluster, --scheduler uses a running one: "
             "give either"
         )
+    if resume and checkpoint is None:
+        raise click.UsageError("--resume needs --checkpoint, the folder to go on from")
     places = _Places(
+        checkpoint=checkpoint,
+        resume=resume,
         data_dir=data_dir,
         workers=workers,
         threads_per_worker=threads_per_worker or 1,
@@ -157,8 +171,10 @@ def _make_folders(places: _Places) -> None:
 
 
 def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) -> Comparison:
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.clusters.connect import connect
     from dask_nn.clusters.local import local_cluster
+    from dask_nn.controller.resume import open_checkpoints
     from dask_nn.errors import ConfigurationError, NonFiniteLoss
     from dask_nn.examples.mnist.compare import Comparison, check, evaluate_parallel
     from dask_nn.examples.mnist.data import load
@@ -172,6 +188,8 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
             console.print(f"Note: {dataset.note}")
         check(job, len(dataset.digits.train_labels))
         _make_folders(places)
+        # Found out before minutes of sequential training.
+        open_checkpoints(Checkpoint.of(places.checkpoint), resume=places.resume)
         sequential: Sequential | None = None
         try:
             if with_sequential:
@@ -182,7 +200,7 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
                 )
             console.print(f"\ndask-nn on {client.scheduler_info()['address']}")
             console.print(f"Dashboard: {client.dashboard_link}")
-            result = _train_parallel(job, dataset.digits, client, console)
+            result = _train_parallel(job, dataset.digits, client, console, places)
         except KeyboardInterrupt as interrupt:
             message = _save_unfinished(interrupt, sequential, places, job)
             raise KeyboardInterrupt(message) from interrupt
@@ -222,12 +240,21 @@ def _train_sequential(job: Job, dataset: Dataset, console: Console) -> Sequentia
     return run_sequential(job, dataset.digits, on_epoch_end)
 
 
-def _train_parallel(job: Job, digits: Digits, client: Client, console: Console) -> TrainingResult:
+def _train_parallel(
+    job: Job, digits: Digits, client: Client, console: Console, places: _Places
+) -> TrainingResult:
     from dask_nn.callbacks.progress import RichProgress
     from dask_nn.examples.mnist.compare import train_parallel
 
     with RichProgress(console) as progress:
-        return train_parallel(job, digits, client, [progress])
+        return train_parallel(
+            job,
+            digits,
+            client,
+            [progress],
+            checkpoint=places.checkpoint,
+            resume=places.resume,
+        )
 
 
 def _save_unfinished(

@@ -18,26 +18,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import dask
 import torch
 from distributed import Future, KilledWorker
 from distributed.client import FutureCancelledError
 
-from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.controller.cluster import scheduler_address
-from dask_nn.data.batches import batch_dtypes
+from dask_nn.controller.graph_steps import StepTasks
 from dask_nn.errors import ClusterError, IncompatibleWorkers, RankFailed, WorkerLost
 from dask_nn.events import Event, Progress
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.training.checkpointing import Checkpointer
-from dask_nn.training.layout import LeafLayout
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from distributed import Client
 
     from dask_nn.controller.failure_policy import Recovery
@@ -50,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run_graph"]
 
-# Steps of one submission: enough to keep workers busy, few enough to stop soon after Ctrl-C.
+# Steps of one submission: enough to keep workers busy, few enough to stop soon.
 GROUP_STEPS = 16
 POLL_S = 0.2
 # After Ctrl-C the steps under way may take so long to finish.
@@ -136,19 +132,15 @@ class _GraphRun:
         self._run_id = uuid.uuid4().hex[:12]
         self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
+        self._failures = 0
         self._send_payload()
-        self._dtypes = batch_dtypes(self._spec.fields, LeafLayout(self._spec.model).floating)
-        nodes = [Node(shard, shard + 1) for shard in range(self._spec.shards)]
-        self._additions = fold_program(self._spec.shards, nodes)
         self._bitwise = True
         self._history: list[dict[str, float]] = []
         self._latest: Snapshot
         self._state: Future[Any]
-        self._windows: _Windows | None = None
         self._start = payload.start
         self._recovery = recovery
         self._restore_blocks = restore_blocks
-        self._failures = 0
         self._checkpointer = None
         if payload.checkpoint is not None:
             self._checkpointer = Checkpointer(
@@ -163,6 +155,15 @@ class _GraphRun:
 
     def _send_payload(self) -> None:
         self._payload = self._client.scatter(self._pickled, broadcast=True, hash=False)
+        self._steps = StepTasks(
+            self._client,
+            self._spec,
+            payload=self._payload,
+            keys=self._keys,
+            run_id=self._run_id,
+            # A second attempt must not meet the tasks of the first.
+            suffix=f"-{self._failures}" if self._failures else "",
+        )
 
     def compare_workers(self, addresses: list[str]) -> None:
         """Check that the workers compute the same bits."""
@@ -217,7 +218,7 @@ class _GraphRun:
                 status = "finished"
         except KeyboardInterrupt:
             self.interrupted = True
-        snapshot: Snapshot = self._latest
+        snapshot = self._latest
         if snapshot.non_finite:
             status = "non_finite"
         finite = all(
@@ -299,14 +300,10 @@ class _GraphRun:
 
     def _run_group(self, plan: Plan, epoch: int, steps: range) -> list[Any]:
         """Run some steps from the latest snapshot; give each shard's metrics."""
-        if self._windows is None or self._windows.plan is not plan:
-            self._windows = _Windows(
-                self._client, plan, self._keys, self._spec.fields, self._dtypes
-            )
-        state, found = self._submit_group(plan, epoch, steps, self._state, self._windows)
+        state, found = self._steps.submit(plan, epoch, steps, self._state)
         snapshot = self._wait(state)
         partials: list[Any] = self._client.gather(found)
-        self._windows.drop_before(steps.stop)
+        self._steps.drop_before(steps.stop)
         self._state, self._latest = state, snapshot
         return partials
 
@@ -340,7 +337,6 @@ class _GraphRun:
         if limit is not None and self._failures > limit:
             reason = f"{self._failures} failures, more than max_failures={limit}: {error}"
             raise WorkerLost("", -1, reason) from error
-        self._windows = None
         try:
             self._client.wait_for_workers(
                 self._recovery.min_workers, timeout=self._recovery.workers_timeout_s
@@ -358,64 +354,6 @@ class _GraphRun:
             "reason": f"{error}",
         }
         self._listener.on_event(Event(name="recovered", time_s=time.time(), details=details))
-
-    def _submit_group(
-        self, plan: Plan, epoch: int, steps: range, state: Future[Any], windows: _Windows
-    ) -> tuple[Future[Any], list[Future[Any]]]:
-        """Submit some steps; give the last state and, per shard, the metrics' partials."""
-        current: Any = state
-        leaves: list[list[Any]] = [[] for _ in range(plan.shards)]
-        for t in steps:
-            step = epoch * plan.num_steps + t
-            values: list[Any] = []
-            for shard in range(plan.shards):
-                segments = plan.segments(t, shard)
-                part = tasks.StepShard(
-                    step,
-                    shard,
-                    plan.count(t, shard),
-                    plan.step_count(t),
-                    tuple((lo, hi) for _, lo, hi in segments),
-                )
-                leaf = self._delayed("shard_gradient", f"{step}-{shard}")(
-                    self._payload,
-                    self._run_id,
-                    current,
-                    part,
-                    [windows.future(shard, j) for j, _, _ in segments],
-                )
-                values.append(leaf)
-                leaves[shard].append(leaf)
-            total = self._add(values, step)
-            current = self._delayed("update", str(step))(
-                self._payload, self._run_id, current, total, plan.step_count(t)
-            )
-        wanted = [current]
-        if self._spec.metrics:
-            wanted += [
-                self._delayed("metric_partials", f"{epoch}-{steps.start}-{shard}")(
-                    self._payload, self._run_id, found
-                )
-                for shard, found in enumerate(leaves)
-            ]
-        futures = self._client.compute(wanted)
-        return futures[0], futures[1:]
-
-    def _add(self, values: list[Any], step: int) -> Any:
-        """Add the leaves in the order of the fixed tree."""
-        if not self._additions:
-            return values[0]
-        found = dict(enumerate(values))
-        for number, (dst, left, right) in enumerate(self._additions):
-            found[dst] = self._delayed("add_leaves", f"{step}-{number}")(found[left], found[right])
-        return found[len(values)]
-
-    def _delayed(self, name: str, suffix: str) -> Any:
-        """Give a task of a readable name, as the dashboard shows it."""
-        # A second attempt must not meet the tasks of the first.
-        key = f"{name}-{self._run_id}-{suffix}" + (f"-{self._failures}" if self._failures else "")
-        function = dask.delayed(getattr(tasks, name), pure=False, traverse=True)
-        return lambda *arguments: function(*arguments, dask_key_name=key)
 
     def _metrics(self, partials: list[list[Any]]) -> dict[str, float]:
         if not self._spec.metrics:
@@ -456,45 +394,6 @@ class _GraphRun:
                 self.interrupted = True
                 deadline = time.monotonic() + STOP_S
         return future.result()
-
-
-class _Windows:
-    """The window tasks that some steps of an epoch need, submitted once each."""
-
-    def __init__(
-        self,
-        client: Client,
-        plan: Plan,
-        keys: tuple[tuple[Any, ...], ...],
-        fields: tuple[Any, ...],
-        dtypes: tuple[torch.dtype, ...],
-    ) -> None:
-        self._client = client
-        self.plan = plan
-        self._keys = keys
-        self._fields = fields
-        self._dtypes = dtypes
-        self._futures: dict[tuple[int, int], Future[Any]] = {}
-
-    def future(self, shard: int, j: int) -> Future[Any]:
-        """Give the future of a window's rows, in the order in which they are taken."""
-        if (shard, j) not in self._futures:
-            window = self.plan.windows(shard)[j]
-            order: np.ndarray[Any, Any] = self.plan.window_order(shard, j)
-            blocks: list[list[Future[Any]]] = [
-                [Future(key, self._client) for key in self._keys[piece.block]]
-                for piece in window.pieces
-            ]
-            self._futures[shard, j] = self._client.submit(
-                tasks.open_window, window, order, blocks, self._fields, self._dtypes, pure=False
-            )
-        return self._futures[shard, j]
-
-    def drop_before(self, t: int) -> None:
-        """Release the windows that no step from ``t`` on needs."""
-        for shard, j in list(self._futures):
-            if self.plan.windows(shard)[j].stop <= t * self.plan.shard_batch_size:
-                del self._futures[shard, j]
 
 
 def _mean_loss(snapshot: Snapshot) -> float:

@@ -242,9 +242,24 @@ def _differs(model: torch.nn.Module, fresh: torch.nn.Module) -> bool:
 
 
 def train_parallel(
-    job: Job, digits: Digits, client: Client, callbacks: Sequence[Callback] = ()
+    job: Job,
+    digits: Digits,
+    client: Client,
+    callbacks: Sequence[Callback] = (),
+    *,
+    checkpoint: str | None = None,
+    resume: bool = False,
 ) -> TrainingResult:
     """Train with dask-nn on the cluster of a client.
+
+    Parameters
+    ----------
+    job, digits, client, callbacks
+        What to train, where, and who is told.
+    checkpoint : str, optional
+        Folder or URL in which the run is saved after every epoch.
+    resume : bool
+        Go on from the newest checkpoint there.
 
     Raises
     ------
@@ -265,6 +280,8 @@ def train_parallel(
         transform=scale,
         seed=job.seed,
         callbacks=callbacks,
+        checkpoint=checkpoint,
+        resume=resume,
         client=client,
     )
 

@@ -1,0 +1,224 @@
+"""Several trainings on one cluster; clusters that grow, shrink, or lose client or scheduler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import dask
+import pytest
+from distributed import Client
+
+import dask_nn
+from dask_nn.controller.leases import Leases
+from dask_nn.errors import ClusterError
+from dask_nn.testing.faults import Fault, install
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PATIENCE_S = 20.0
+
+
+def slow_down(client: Any, folder: Path, seconds: float) -> None:
+    install(
+        client,
+        [Fault(point="applied", action="sleep", seconds=seconds, every_time=True)],
+        folder,
+    )
+
+
+def ranks_at_work() -> int:
+    from dask_nn.controller.worker_side import _handles
+
+    return sum(map(len, _handles.values()))
+
+
+def test_two_trainings_take_turns(job, undisturbed, make_cluster, same_bits, heard_with, tmp_path):
+    client = make_cluster(2)
+    slow_down(client, tmp_path, 0.01)
+    most = []
+
+    class Count(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            most.append(max(client.run(ranks_at_work).values()))
+
+    with Client(client.scheduler.address, set_as_default=False) as second:
+        listeners = [heard_with(), heard_with()]
+        with ThreadPoolExecutor(2) as pool:
+            runs = [
+                pool.submit(job.train, own, callbacks=[listener, Count()])
+                for own, listener in zip((client, second), listeners, strict=True)
+            ]
+            results = [run.result(timeout=60) for run in runs]
+    for result in results:
+        same_bits(result, undisturbed)
+    assert sum(bool(listener.named("queued")) for listener in listeners) == 1
+    assert set(most) == {1}
+
+
+def test_two_trainings_use_different_workers_where_there_are_enough(
+    job, undisturbed, make_cluster, same_bits, heard_with
+):
+    client = make_cluster(2)
+    listeners = [heard_with(), heard_with()]
+    strategy = dask_nn.Synchronous(shards=1, threads_per_rank=1)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(job.train, client, strategy=strategy, callbacks=[listener])
+            for listener in listeners
+        ]
+        first, second = (run.result(timeout=60) for run in runs)
+    same_bits(first, second)
+    assert not any(listener.named("queued") for listener in listeners)
+
+
+def test_a_training_that_waits_too_long_says_for_what(job, make_cluster, dask_config):
+    client = make_cluster(1)
+    others = Leases(client, "another run")
+    others.claim(client.scheduler_info(n_workers=-1)["workers"])
+    with (
+        dask_config({"dask-nn.queue-timeout": "1 s"}),
+        pytest.raises(ClusterError, match="another training still runs on tcp://"),
+    ):
+        job.train(client)
+    others.release()
+    job.train(client, epochs=1)
+
+
+def test_training_inside_a_task(job, undisturbed, make_cluster, same_bits):
+    """The only worker has one thread, which the task itself holds."""
+    client = make_cluster(1)
+    result = client.submit(train_here, job, dask.config.get("dask-nn")).result(timeout=60)
+    same_bits(result, undisturbed)
+    assert result.run.num_workers == 1
+
+
+def train_here(job: Any, config: dict[str, Any]) -> Any:
+    with dask.config.set({"dask-nn": config}):
+        return job.train(None)
+
+
+def test_a_cluster_that_grows_and_shrinks(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+):
+    client = make_cluster(1)
+    written = ledger(client)
+    slow_down(client, tmp_path, 0.12)
+
+    class Scale(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "first-step":
+                client.cluster.scale(3)
+            elif event.name == "resized" and event.details["ranks"] > 1:
+                client.cluster.scale(1)
+
+    result = job.train(client, epochs=5, callbacks=[heard, Scale()])
+    same_bits(result, job.train(None, epochs=5))
+    written.check(job.order(5))
+    sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
+    assert max(sizes) > 1
+    assert sizes[-1] == 1
+
+
+def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_cluster, same_bits, tmp_path):
+    client = make_cluster(2)
+    slow_down(client, tmp_path, 0.05)
+    client.cluster.adapt(minimum=1, maximum=2, interval="200 ms", wait_count=2)
+    same_bits(job.train(client), undisturbed)
+
+
+CLIENT = """
+import sys
+import numpy as np, torch
+from functools import partial
+from distributed import Client
+import dask_nn
+
+class Tell(dask_nn.Callback):
+    def on_progress(self, progress):
+        print("step", progress.step, flush=True)
+
+def main():
+    X = np.random.default_rng(0).normal(size=(4000, 6)).astype("f4")
+    dask_nn.train(torch.nn.Linear(6, 3), X, np.zeros(4000, int), loss=torch.nn.CrossEntropyLoss(),
+                  optimizer=partial(torch.optim.SGD, lr=.01), epochs=100_000, batch_size=40,
+                  checkpoint=dask_nn.Checkpoint(sys.argv[2], every=1_000_000),
+                  client=Client(sys.argv[1]), callbacks=[Tell()])
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_client_that_is_killed(job, undisturbed, make_cluster, same_bits, tmp_path):
+    """The gang saves and frees its workers; the next training has them at once."""
+    client = make_cluster(2)
+    script = tmp_path / "client.py"
+    script.write_text(CLIENT)
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, str(script), client.scheduler.address, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline().startswith("step")
+        finally:
+            process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_S
+    while any(client.run(ranks_at_work).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert [path for path in folder.iterdir() if (path / "manifest.json").exists()]
+    same_bits(job.train(client), undisturbed)
+
+
+def test_a_scheduler_that_is_killed(job, undisturbed, same_bits, dask_processes, tmp_path):
+    """Client and ranks end within the deadline; the checkpoint goes on elsewhere."""
+    scheduler, workers, address = dask_processes(2)
+    folder = tmp_path / "run"
+
+    class Kill(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "checkpoint":
+                os.kill(scheduler.pid, signal.SIGKILL)
+
+    with Client(address, set_as_default=False) as client:
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match="connection to the scheduler"):
+            job.train(client, epochs=10_000, checkpoint=folder, callbacks=[Kill()])
+        assert time.monotonic() - began < 30
+    for worker in workers:
+        worker.wait(timeout=PATIENCE_S)
+    longer = job.train(None, epochs=60)
+    kept = sorted(path.name for path in folder.iterdir())
+    saved_epochs = int(kept[-1].split("-")[1])
+    assert saved_epochs < 60, "the run went on for too long after its scheduler"
+    same_bits(job.train(None, epochs=60, checkpoint=folder, resume=True), longer)
+
+
+def test_nothing_of_a_run_stays_on_the_scheduler(job, make_cluster):
+    client = make_cluster(2)
+    job.train(client, epochs=1)
+
+    def look(dask_scheduler: Any) -> Any:
+        held, waiting = dask_scheduler.dask_nn_leases
+        return held, waiting, list(dask_scheduler.tasks)
+
+    held, waiting, tasks = client.run_on_scheduler(look)
+    assert not held
+    assert not waiting
+    deadline = time.monotonic() + 5
+    while client.run_on_scheduler(look)[2]:
+        assert time.monotonic() < deadline, tasks
+        time.sleep(0.05)
+    assert not [t for t in threading.enumerate() if t.name.startswith("dask-nn")]
