@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, LocalCluster
 from torch import nn
 from torch.optim import SGD
 
@@ -37,6 +38,9 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 ROWS, BLOCK_ROWS, SHARDS, BATCH, EPOCHS, WINDOW = 1920, 120, 4, 64, 3, 2
 STEPS = EPOCHS * ROWS // BATCH
+
+
+building = threading.Lock()
 
 
 class Tiny(nn.Module):
@@ -78,7 +82,9 @@ class Job:
     y: np.ndarray
 
     def train(self, client: Any, **options: Any) -> TrainingResult:
-        torch.manual_seed(3)
+        with building:  # some tests train in two threads
+            torch.manual_seed(3)
+            model = Tiny()
         options = {
             "loss": nn.CrossEntropyLoss(),
             "optimizer": partial(SGD, lr=0.05, momentum=0.9),
@@ -88,7 +94,7 @@ class Job:
             "window": WINDOW,
             "strategy": dask_nn.Synchronous(shards=SHARDS, threads_per_rank=1),
         } | options
-        return dask_nn.train(Tiny(), self.X, self.y, client=client, **options)
+        return dask_nn.train(model, self.X, self.y, client=client, **options)
 
     def order(self, epochs: int = EPOCHS) -> dict[tuple[int, int], list[int]]:
         """Give the rows of every (step, shard), from the plan."""
@@ -146,6 +152,26 @@ def make_cluster(_quiet_dask: None) -> Iterator[Callable[..., Any]]:
             client = stack.enter_context(
                 local_cluster(workers, dashboard_address="127.0.0.1:0", **options)
             )
+            pretend_cores(client, 8)
+            return client
+
+        yield make
+
+
+@pytest.fixture
+def make_scalable(_quiet_dask: None) -> Iterator[Callable[[int], Any]]:
+    """Give a function that starts a cluster that its client can scale."""
+    with contextlib.ExitStack() as stack:
+
+        def make(workers: int) -> Any:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster, set_as_default=False))
             pretend_cores(client, 8)
             return client
 

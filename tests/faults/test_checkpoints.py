@@ -61,8 +61,11 @@ def test_a_run_goes_on_with_any_number_of_workers(
 
 def test_the_middle_of_an_epoch(job, undisturbed, same_bits, tmp_path):
     class Stop(dask_nn.Callback):
+        done = False
+
         def on_event(self, event: Any) -> None:
-            if event.name == "checkpoint" and event.details["steps"] >= 40:
+            if event.name == "checkpoint" and event.details["steps"] >= 40 and not self.done:
+                self.done = True
                 raise KeyboardInterrupt
 
     saved = dask_nn.Checkpoint(tmp_path / "run", every=8)
@@ -234,10 +237,10 @@ def test_before_a_slurm_job_ends(job, undisturbed, make_cluster, same_bits, hear
 
 
 def test_workers_that_are_told_to_end_save_first(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+    job, undisturbed, make_scalable, same_bits, heard, tmp_path
 ):
-    """SIGTERM to all workers at once, as at the end of a SLURM job."""
-    client = make_cluster(2)
+    """All workers are asked to close at once, as at the end of a SLURM job."""
+    client = make_scalable(2)
     pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
     install(client, [pause], tmp_path)
     folder = tmp_path / "run"

@@ -106,10 +106,8 @@ def train_here(job: Any, config: dict[str, Any]) -> Any:
         return job.train(None)
 
 
-def test_a_cluster_that_grows_and_shrinks(
-    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
-):
-    client = make_cluster(1)
+def test_a_cluster_that_grows_and_shrinks(job, make_scalable, ledger, same_bits, heard, tmp_path):
+    client = make_scalable(1)
     written = ledger(client)
     slow_down(client, tmp_path, 0.12)
 
@@ -128,8 +126,8 @@ def test_a_cluster_that_grows_and_shrinks(
     assert sizes[-1] == 1
 
 
-def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_cluster, same_bits, tmp_path):
-    client = make_cluster(2)
+def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, same_bits, tmp_path):
+    client = make_scalable(2)
     slow_down(client, tmp_path, 0.05)
     client.cluster.adapt(minimum=1, maximum=2, interval="200 ms", wait_count=2)
     same_bits(job.train(client), undisturbed)
@@ -143,8 +141,8 @@ from distributed import Client
 import dask_nn
 
 class Tell(dask_nn.Callback):
-    def on_progress(self, progress):
-        print("step", progress.step, flush=True)
+    def on_epoch_end(self, record):
+        print("epoch", flush=True)
 
 def main():
     X = np.random.default_rng(0).normal(size=(4000, 6)).astype("f4")
@@ -171,7 +169,7 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, same_bits, tmp_
     ) as process:
         assert process.stdout is not None
         try:
-            assert process.stdout.readline().startswith("step")
+            assert process.stdout.readline().startswith("epoch")
         finally:
             process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE_S

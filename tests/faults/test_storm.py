@@ -21,7 +21,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 KILLS = int(os.environ.get("DASK_NN_STORM_KILLS", "8"))
 WORKERS = 3
-EPOCHS_PER_KILL = 2
+EPOCHS_PER_KILL = 4
 PAUSE_S = 0.02
 
 

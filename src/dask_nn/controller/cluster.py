@@ -40,6 +40,10 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
         If a worker lacks dask-nn or torch, or has other versions than this client.
     """
     answers = client.run(describe, on_error="return")
+    # A worker that leaves at this moment is none to count on; if it is only slow, it joins later.
+    answers = {
+        address: answer for address, answer in answers.items() if not isinstance(answer, OSError)
+    }
     if not answers:
         message = (
             f"the cluster at {scheduler_address(client)} has no workers; scale it up, or wait for "

@@ -41,10 +41,17 @@ class Leases:
         self._client = client
         self._run_id = run_id
 
-    def claim(self, wanted: Iterable[str]) -> set[str]:
+    def claim(self, wanted: Iterable[str], *, queue: bool = False) -> set[str]:
         """Claim some workers, if all of them are free and nobody waited for one of them before.
 
         Workers that this run has and does not want any more are given back with success.
+
+        Parameters
+        ----------
+        wanted : iterable of str
+            The workers.
+        queue : bool
+            Whether to stand in line for them otherwise.
 
         Returns
         -------
@@ -56,7 +63,7 @@ class Leases:
         ClusterError
             If the scheduler does not answer.
         """
-        return set(self._ask(_claim, sorted(wanted)))
+        return set(self._ask(_claim, sorted(wanted), queue))
 
     def taken(self) -> set[str]:
         """Give the workers that other runs have.
@@ -90,7 +97,7 @@ class Leases:
         wanted = sorted(wanted)
         began = time.monotonic()
         told = False
-        while others := self.claim(wanted):
+        while others := self.claim(wanted, queue=True):
             if not told:
                 told = True
                 on_wait(others)
@@ -135,7 +142,13 @@ def _table(scheduler: Any) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[
     return table
 
 
-def _claim(run_id: str, client_id: str, wanted: list[str], dask_scheduler: Any) -> list[str]:
+def _claim(
+    run_id: str,
+    client_id: str,
+    wanted: list[str],
+    queue: bool,
+    dask_scheduler: Any,
+) -> list[str]:
     held, waiting = _table(dask_scheduler)
     earlier: set[str] = set()
     for other, (_, addresses) in waiting.items():
@@ -148,7 +161,8 @@ def _claim(run_id: str, client_id: str, wanted: list[str], dask_scheduler: Any) 
         if address in earlier or held.get(address, (run_id, ""))[0] != run_id
     ]
     if others:
-        waiting.setdefault(run_id, (client_id, wanted))
+        if queue:
+            waiting.setdefault(run_id, (client_id, wanted))
         return others
     waiting.pop(run_id, None)
     _give_back(held, run_id)

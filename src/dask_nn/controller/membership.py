@@ -64,7 +64,7 @@ class Membership:
 
     def __exit__(self, *_: object) -> None:
         """Stop listening."""
-        for address in self._followed:
+        for address in self._followed if self._client.status == "running" else ():
             with contextlib.suppress(Exception):  # what ended the run says more
                 self._client.unsubscribe_topic(address)
 

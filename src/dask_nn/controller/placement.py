@@ -58,6 +58,11 @@ class Seating:
     workers: tuple[WorkerFacts, ...]
     threads_per_rank: int
 
+    @property
+    def addresses(self) -> list[str]:
+        """The workers' addresses, by rank."""
+        return [worker.address for worker in self.workers]
+
 
 def seat_ranks(
     workers: Sequence[WorkerFacts],

@@ -170,7 +170,7 @@ class RankGroup:
     def release(self) -> None:
         """Let go of the tasks; those that still run are cancelled."""
         for future in self._futures:
-            if future.done():
+            if future.done() or self._client.status != "running":
                 future.release()
             else:
                 future.cancel()

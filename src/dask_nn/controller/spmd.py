@@ -164,14 +164,18 @@ class _Run:
         try:
             yield
         finally:
-            with contextlib.suppress(Exception):  # what ended the run says more
-                self._messages.unsubscribe()
-                self._leases.release()
-                present = self._client.scheduler_info(n_workers=-1)["workers"]
-                ask_workers(
-                    self._client, forget_run, list(present), self._run_id, timeout_s=1.0
-                ).result(2.0)
+            if self._client.status == "running":
+                self._forget()
             del self._watch, self._messages
+
+    def _forget(self) -> None:
+        with contextlib.suppress(Exception):  # what ended the run says more
+            self._messages.unsubscribe()
+            self._leases.release()
+            present = self._client.scheduler_info(n_workers=-1)["workers"]
+            ask_workers(
+                self._client, forget_run, list(present), self._run_id, timeout_s=1.0
+            ).result(2.0)
 
     def train(self, seating: Seating) -> tuple[list[RankOutcome], bool]:
         """Run gang after gang."""
@@ -193,15 +197,14 @@ class _Run:
 
     def _take_turns(self, seating: Seating) -> Seating:
         """Get workers that no other run has: others of as many, where there are some, or wait."""
-        ranks = len(seating.workers)
-        taken = self._leases.taken()
-        if taken:
-            free = self._seating(taken)
-            if free is not None and len(free.workers) >= ranks:
-                seating = free
-        addresses = [worker.address for worker in seating.workers]
+        if not self._leases.claim(seating.addresses):
+            return seating
+        free = self._seating(self._leases.taken())
+        enough = free is not None and len(free.workers) >= len(seating.workers)
+        if free is not None and enough and not self._leases.claim(free.addresses):
+            return free
         self._leases.wait_for(
-            addresses,
+            seating.addresses,
             self._payload.settings.queue_timeout_s,
             lambda others: self._tell("queued", workers=sorted(others)),
         )
@@ -328,10 +331,7 @@ class _Run:
         self._watch.look_around()
         self._exclude_leaving()
         seating = self._seating(self._leases.taken())
-        if seating is None:
-            return None
-        addresses = {worker.address for worker in seating.workers}
-        return None if self._leases.claim(addresses) else seating
+        return None if seating is None or self._leases.claim(seating.addresses) else seating
 
     def _seating(self, taken: Collection[str] = ()) -> Seating | None:
         spec = self._payload.spec

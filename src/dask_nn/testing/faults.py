@@ -123,8 +123,9 @@ def install(client: Client, planned: Sequence[Fault], folder: Path) -> list[Path
             arm(pairs)
 
         def teardown(self, worker: Any) -> None:
-            del worker
-            disarm()
+            # The ranks of a worker that closes are still to be broken, or to be recorded.
+            if worker.status.name == "running":
+                disarm()
 
     client.register_plugin(FaultPlugin())
     return marks
