@@ -31,7 +31,8 @@ NOBODY = "02:00:00:00:00:99"
 
 
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    command = shutil.which("ip") or "ip"
+    subprocess.run([command, *arguments], check=True, capture_output=True, text=True)
 
 
 @dataclass
@@ -160,7 +161,7 @@ def spread_cluster(network: Network, tmp_path: Path) -> Iterator[tuple[Client, l
                 "5",
                 "--local-directory",
                 str(tmp_path / host.name),
-            )  # fmt: skip
+            )
             for host in network.hosts
         ]
         with Client(address, set_as_default=False) as client:

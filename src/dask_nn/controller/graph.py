@@ -25,6 +25,7 @@ from distributed.client import FutureCancelledError
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.controller.cluster import scheduler_address
 from dask_nn.controller.graph_steps import StepTasks
+from dask_nn.data.sending import send
 from dask_nn.errors import ClusterError, IncompatibleWorkers, RankFailed, WorkerLost
 from dask_nn.events import Event, Progress
 from dask_nn.metrics.merge import compute, merge_named
@@ -154,7 +155,7 @@ class _GraphRun:
         self._told.put(Event(name=name, time_s=time.time(), details=details))
 
     def _send_payload(self) -> None:
-        self._payload = self._client.scatter(self._pickled, broadcast=True, hash=False)
+        self._payload = send(self._client, self._pickled, broadcast=True)
         self._steps = StepTasks(
             self._client,
             self._spec,
@@ -201,7 +202,7 @@ class _GraphRun:
         else:
             self._latest = self._start
             self._history = list(self._start.history)
-            self._state = self._client.scatter(self._start, hash=False)
+            self._state = send(self._client, self._start)
         epoch_start = self._latest
         status: Status = "stopped"
         try:
@@ -261,9 +262,8 @@ class _GraphRun:
             if self.interrupted:
                 self._checkpointer.save_now(self.snapshot())
             self._checkpointer.close()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._listener.on_event(self._told.get_nowait())
+        while not self._told.empty():
+            self._listener.on_event(self._told.get())
         with contextlib.suppress(Exception):
             self._client.run(tasks.forget_benches, self._run_id, on_error="ignore")
 
@@ -345,7 +345,7 @@ class _GraphRun:
             raise WorkerLost("", -1, f"{late}") from error
         self._restore_blocks()
         self._send_payload()
-        self._state = self._client.scatter(self._latest, hash=False)
+        self._state = send(self._client, self._latest)
         details = {
             "lost": [],
             "ranks": len(self._client.scheduler_info(n_workers=-1)["workers"]),

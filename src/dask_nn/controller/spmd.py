@@ -230,13 +230,17 @@ class _Run:
         try:
             try:
                 group.start(self._payload)
-            except Exception as error:
+            except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
+                if self._client.status != "running":
+                    raise
                 self._membership.catch_up()
                 gone = group.lost(self._membership.removed)
-                if not gone:
-                    raise
                 lost = [(seat.address, seat.rank) for seat in gone]
-                return GangEnd(cause="lost", lost=lost, reason=str(error))
+                return GangEnd(
+                    cause="lost" if lost else "broken",
+                    lost=lost,
+                    reason=f"left the cluster ({error!r})",
+                )
             return self._watch.follow(group)
         finally:
             self._watch.end(group)
@@ -323,7 +327,7 @@ class _Run:
                 f"worker-{end.cause}", address=address, rank=rank, step=steps, reason=end.reason
             )
         if end.cause == "broken":
-            errors = sorted({o.error for o in end.outcomes if o.error})
+            errors = sorted({o.error for o in end.outcomes if o.error}) or [end.reason]
             self._tell("gang-broken", step=steps, reason="; ".join(errors))
 
     def _find_seating(self) -> Seating | None:

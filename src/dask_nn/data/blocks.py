@@ -15,6 +15,7 @@ from dask.core import flatten
 from distributed import wait
 from distributed.client import futures_of
 
+from dask_nn.data.sending import send, send_lost
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
@@ -82,13 +83,7 @@ class Blocks:
 
     def restore(self, client: Client) -> int:
         """Send blocks that lay on lost workers alone once more; return their number."""
-        if not self.originals:
-            return 0
-        held = client.who_has()
-        lost = {key: array for key, array in self.originals.items() if not held.get(key)}
-        if lost:
-            client.scatter(lost, hash=False)
-        return len(lost)
+        return send_lost(client, self.originals)
 
     @property
     def num_samples(self) -> int:
@@ -288,7 +283,7 @@ def _place(
     # Keys of our own: a lost piece is sent again under the same one.
     token = uuid.uuid4().hex
     named = {f"dask-nn-{name}-{token}-{number}": piece for number, piece in enumerate(pieces)}
-    return list(named), _Sent(named, client.scatter(named, hash=False))
+    return list(named), _Sent(named, send(client, named))
 
 
 @dataclass(frozen=True)
