@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+    from dask_nn.controller.failure_policy import Cause
     from dask_nn.controller.placement import Seating, WorkerFacts
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.training.outcome import RankOutcome
@@ -150,11 +151,12 @@ class _Run:
         self._source: StateSource | None = None
         self._generation = 0
         self._failures = 0
-        self._failures_at: Counter[Position | None] = Counter()
+        self._failures_at: Counter[int] = Counter()
         self._states: dict[str, StateSource] = {}
         self._last_end: GangEnd | None = None
         self._ranks = 0
         self._started = False
+        self._started_at = 0
         self._resized = time.monotonic()
 
     @contextlib.contextmanager
@@ -287,11 +289,7 @@ class _Run:
     def _next_seating(self, before: Seating, end: GangEnd) -> Seating | None:
         """Wait until there are workers to go on with; None after Ctrl-C."""
         cause = end.cause or "broken"
-        position = None if self._source is None else self._source.position
-        if cause != "resize":
-            self._failures += 1
-            same_step = self._failures_at[position] + 1
-            self._failures_at = Counter({position: same_step})
+        same_step = self._count_failure(cause)
         self._tell_of_losses(end)
         while True:
             seating = self._find_seating()
@@ -299,7 +297,7 @@ class _Run:
                 Situation(
                     cause=cause,
                     failures=self._failures,
-                    same_step=self._failures_at[position],
+                    same_step=same_step,
                     ranks=len(before.workers),
                     able=0 if seating is None else len(seating.workers),
                     waited_s=time.monotonic() - end.broken_at,
@@ -319,6 +317,17 @@ class _Run:
             self._membership.settle()
             self._restore_blocks()
         return seating
+
+    def _count_failure(self, cause: Cause) -> int:
+        """Give how many gangs in a row have now ended at the same step."""
+        if cause == "resize":
+            return 0
+        self._failures += 1
+        # Where nobody is left to say how far it came, look at where it began.
+        steps = self._started_at if self._source is None else self._source.position.steps
+        if self._started:
+            self._failures_at = Counter({steps: self._failures_at[steps] + 1})
+        return self._failures_at[steps]
 
     def _tell_of_losses(self, end: GangEnd) -> None:
         steps = max((outcome.steps for outcome in end.outcomes), default=0)
@@ -352,6 +361,7 @@ class _Run:
     def _note_start(self, time_s: float, details: dict[str, Any]) -> None:
         canary = details["canary"]
         self._started = True
+        self._started_at = details["steps"]
         self._heartbeats.note_start(self._ranks, time.monotonic())
         if not self._generation:
             self._canary = canary

@@ -1,0 +1,132 @@
+"""Measure what failures and checkpoints cost: ``python -m benchmarks.reliability``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import OtherLoad
+from dask_nn.callbacks.base import Callback
+from dask_nn.checkpoints.options import Checkpoint
+from dask_nn.clusters.local import local_cluster
+from dask_nn.examples.mnist.compare import Job, train_parallel
+from dask_nn.examples.mnist.data import load
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from dask_nn.events import Event, Progress
+    from dask_nn.examples.mnist.sequential import Digits
+
+RANKS = 2
+WORKERS_BACK_S = 60.0
+# A run trains so long before a worker is killed, and needs so many epochs to see it replaced.
+EPOCHS = 60
+FIRST_EPOCHS = 2
+
+
+class Killer(Callback):
+    """Kills a worker some steps into a run, and ends the run once it has gone on for a while."""
+
+    def __init__(self, pid: int, rank: int) -> None:
+        self._pid = pid
+        self.rank = rank
+        self.killed_at = self.recovered_s = 0.0
+
+    def on_progress(self, progress: Progress) -> None:
+        """Kill in the middle of an epoch."""
+        if not self.killed_at and progress.epoch == 1:
+            self.killed_at = time.time()
+            os.kill(self._pid, signal.SIGKILL)
+
+    def on_event(self, event: Event) -> None:
+        """Note when the next gang begins its first step."""
+        if event.name == "recovered" and not self.recovered_s:
+            self.recovered_s = event.time_s - self.killed_at
+
+
+@click.command(help=__doc__)
+@click.option("--kills", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with the MNIST files.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("bench-report"),
+    show_default=True,
+    help="Folder for reliability.json.",
+)
+def main(*, kills: int, rounds: int, data_dir: Path | None, out: Path) -> None:
+    """Measure, print and write."""
+    console, others = Console(highlight=False, soft_wrap=True), OtherLoad()
+    digits = load(data_dir).digits
+    with local_cluster(RANKS) as client:
+        costs = checkpoint_costs(client, digits, rounds)
+        console.print(f"An epoch takes {costs['plain_s']:.3f} s, with a checkpoint after each of "
+                      f"them {costs['saved_s']:.3f} s")  # fmt: skip
+        recoveries = []
+        for number in range(kills):
+            recoveries.append(kill_once(client, digits, number % RANKS))
+            console.print(f"kill {number + 1}/{kills}: next step after {recoveries[-1]:.2f} s")
+    found = {
+        "recovery_s": recoveries,
+        "checkpoints": costs,
+        "others_cores": others.cores(),
+    }
+    console.print(make_table(found))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "reliability.json").write_text(json.dumps(found, indent=2) + "\n")
+    console.print(f"Wrote {out / 'reliability.json'}")
+
+
+def kill_once(client: Client, digits: Digits, rank: int) -> float:
+    """Train the guide's job, kill a worker, and give the seconds until the next step."""
+    client.wait_for_workers(RANKS, timeout=WORKERS_BACK_S)
+    pids = dict(client.run(os.getpid))
+    killer = Killer(pids[sorted(pids)[rank]], rank)
+    train_parallel(Job(epochs=FIRST_EPOCHS + 1), digits, client, [killer])
+    return killer.recovered_s
+
+
+def checkpoint_costs(client: Client, digits: Digits, rounds: int) -> dict[str, Any]:
+    """Compare epochs with and without a checkpoint after each, in turns."""
+    epochs: dict[str, list[float]] = {"plain": [], "saved": []}
+    for _ in range(rounds):
+        for name, seconds in epochs.items():
+            folder = tempfile.mkdtemp(prefix="dask-nn-bench-") if name == "saved" else None
+            train = partial(train_parallel, Job(epochs=FIRST_EPOCHS + 2), digits, client)
+            try:
+                result = train(checkpoint=folder and Checkpoint(folder))
+            finally:
+                if folder is not None:
+                    shutil.rmtree(folder)
+            # The first epoch warms up; checkpoints are taken between epochs, so look at the whole.
+            seconds += [record["seconds"] for record in result.history[1:]]
+    plain_s, saved_s = (statistics.median(found) for found in epochs.values())
+    return {"plain_s": plain_s, "saved_s": saved_s, "ratio": saved_s / plain_s, "epochs": epochs}
+
+
+def make_table(found: dict[str, Any]) -> Table:
+    """Show the medians."""
+    recovery = sorted(found["recovery_s"])
+    table = Table("figure", "value")
+    table.add_row("next step after kill -9, median", f"{statistics.median(recovery):.2f} s")
+    table.add_row("next step after kill -9, slowest", f"{recovery[-1]:.2f} s")
+    table.add_row("epoch with checkpoints / without", f"{found['checkpoints']['ratio']:.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()
