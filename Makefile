@@ -23,6 +23,10 @@ demo: $(READY)  ## train on MNIST with Dask and compare with sequential training
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: storm
+storm: $(READY)  ## one long run with a hundred random kills
+	@DASK_NN_STORM_KILLS=100 $(BIN)/python -m pytest tests/faults/test_storm.py $(ARGS)
+
 .PHONY: lint
 lint: $(READY)  ## ruff, mypy and the contract of the floors
 	@$(BIN)/ruff check
@@ -31,8 +35,9 @@ lint: $(READY)  ## ruff, mypy and the contract of the floors
 	@$(BIN)/lint-imports --no-logo
 
 .PHONY: bench
-bench: $(READY)  ## measure against sequential training and torchrun
+bench: $(READY)  ## measure against sequential training, torchrun, kills and checkpoints
 	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python -m benchmarks.reliability
 
 .PHONY: clean
 clean:  ## remove .venv and everything that was built or measured

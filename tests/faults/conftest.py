@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -186,8 +187,15 @@ def ledger(tmp_path: Path) -> Callable[[Any], Ledger]:
 
 
 @pytest.fixture
-def heard() -> Heard:
-    return Heard()
+def heard(request: pytest.FixtureRequest) -> Iterator[Heard]:
+    """Give a listener; its recovery times go to the file that DASK_NN_RECOVERY_LOG names."""
+    found = Heard()
+    yield found
+    times = [event.details["seconds"] for event in found.named("recovered")]
+    log = os.environ.get("DASK_NN_RECOVERY_LOG")
+    if log and times:
+        with open(log, "a", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(json.dumps([request.node.name, times]) + "\n")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ KILLS = int(os.environ.get("DASK_NN_STORM_KILLS", "8"))
 WORKERS = 3
 EPOCHS_PER_KILL = 4
 PAUSE_S = 0.02
+GROWN_UP_S = 0.25
 
 
 def usage() -> dict[str, int]:
@@ -52,12 +53,19 @@ def test_a_storm_of_kills(
     killed: list[float] = []
     over = threading.Event()
 
+    seen: dict[int, float] = {}
+
+    def victims() -> list[int]:
+        """Give the workers that a nanny has seen start: it gives up one that dies before."""
+        pids = sorted(client.run(os.getpid, on_error="ignore").values())
+        now = time.monotonic()
+        return [pid for pid in pids if now - seen.setdefault(pid, now) > GROWN_UP_S]
+
     def storm() -> None:
         while len(killed) < KILLS and not over.wait(chance.uniform(0.3, 3.0)):
             # The cluster's own children: nannies' workers that are alive now.
             with contextlib.suppress(Exception):
-                pids = sorted(client.run(os.getpid, on_error="ignore").values())
-                if pids:
+                if pids := victims():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(chance.choice(pids), signal.SIGKILL)
                         killed.append(time.time())

@@ -307,16 +307,24 @@ class _Run:
             if action.name == "give_up":
                 address, rank = end.lost[0] if end.lost else ("", -1)
                 raise WorkerLost(address, rank, action.reason)
-            if action.name == "go_on" and seating is not None:
-                break
             try:
-                self._watch.wait()
+                if action.name != "go_on" or seating is None:
+                    self._watch.wait()
+                elif cause == "resize" or self._have_all_blocks():
+                    return seating
             except KeyboardInterrupt:
                 return None
-        if cause != "resize":
-            self._membership.settle()
+
+    def _have_all_blocks(self) -> bool:
+        """Put back blocks that were lost; False if more workers leave meanwhile."""
+        self._membership.settle()
+        try:
             self._restore_blocks()
-        return seating
+        except (OSError, KeyError):
+            if self._client.status != "running":
+                raise
+            return False
+        return True
 
     def _count_failure(self, cause: Cause) -> int:
         """Give how many gangs in a row have now ended at the same step."""

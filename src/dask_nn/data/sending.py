@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["send", "send_lost"]
 
-PATIENCE_S = 60.0
+PATIENCE_S = 10.0
 PAUSE_S = 0.2
 
 
@@ -30,8 +30,8 @@ def send(client: Client, data: Any, **options: Any) -> Any:
     Raises
     ------
     OSError, KeyError
-        What Dask raises where a worker dies while it is sent something, if that goes on for a
-        minute.
+        What Dask raises where there is no worker, or one dies while it is sent something, if that
+        goes on for ten seconds.
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:
