@@ -39,11 +39,12 @@ def usage() -> dict[str, int]:
 
 @pytest.mark.timeout(120 + 30 * KILLS)
 def test_a_storm_of_kills(
-    job, make_cluster, ledger, same_bits, heard, tmp_path, record_property, capsys
+    job, make_scalable, ledger, dask_config, same_bits, heard, tmp_path, record_property, capsys
 ):
     epochs = EPOCHS_PER_KILL * KILLS
     reference = job.train(None, epochs=epochs)
-    client = make_cluster(WORKERS)
+    with dask_config({"distributed.deploy.lost-worker-timeout": "1 s"}):
+        client = make_scalable(WORKERS)
     written = ledger(client)
     pause = Fault(point="applied", action="sleep", seconds=PAUSE_S, every_time=True)
     install(client, [pause], tmp_path)
@@ -65,6 +66,8 @@ def test_a_storm_of_kills(
         while len(killed) < KILLS and not over.wait(chance.uniform(0.3, 3.0)):
             # The cluster's own children: nannies' workers that are alive now.
             with contextlib.suppress(Exception):
+                # A nanny whose worker dies while it starts gives up; a cluster manager would not.
+                client.cluster.scale(WORKERS)
                 if pids := victims():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(chance.choice(pids), signal.SIGKILL)

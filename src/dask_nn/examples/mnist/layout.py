@@ -17,6 +17,10 @@ __all__ = ["to_cluster"]
 _ROWS_PER_BLOCK = 2_000
 
 
+# Where all workers have just been lost, others come within this time, or none do.
+_WORKERS_S = 60
+
+
 def to_cluster(client: Client, values: np.ndarray, rows: int = _ROWS_PER_BLOCK) -> da.Array:
     """Lay an array out over the workers, block by block in turns.
 
@@ -34,6 +38,7 @@ def to_cluster(client: Client, values: np.ndarray, rows: int = _ROWS_PER_BLOCK) 
     dask.array.Array
         Persisted; block i of any two arrays of the same length is on the same worker.
     """
+    client.wait_for_workers(1, timeout=_WORKERS_S)
     addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
     blocks = [values[start : start + rows] for start in range(0, len(values), rows)]
     # As tasks, not as scattered data: the scheduler can make the blocks of a lost worker again.
