@@ -33,15 +33,15 @@ def choose_folder(size_bytes: int, fallback: str) -> str:
     return fallback
 
 
-def remove_abandoned(gang: str) -> None:
+def remove_abandoned(run_id: str) -> None:
     """Remove shared files of gangs whose rank 0 was killed before all had mapped them.
 
     Parameters
     ----------
-    gang : str
-        The beginning of the names of gangs that no longer form.
+    run_id : str
+        The run, which is over; names of gangs begin with that of their run.
     """
-    for path in Path(FAST_FOLDER).glob(f"{PREFIX}{gang}-*"):
+    for path in Path(FAST_FOLDER).glob(f"{PREFIX}{run_id}-*"):
         with contextlib.suppress(OSError):
             path.unlink()
 

@@ -235,7 +235,7 @@ def forget_run(run_id: str) -> None:
     from dask_nn.collectives.shared_memory import remove_abandoned
 
     keeping.forget(run_id)
-    remove_abandoned(f"{run_id}-")
+    remove_abandoned(run_id)
 
 
 def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
