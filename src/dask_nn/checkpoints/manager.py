@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 import re
@@ -209,8 +210,7 @@ class CheckpointManager:
             record=content.record,
             state=state,
             files={name: StoredFile.of(data) for name, data in files.items()},
-            packages={"python": platform.python_version()}
-            | {package: version(package) for package in PACKAGES},
+            packages=_versions(),
         )
         folder = content.name
         if self._holds(folder, manifest):
@@ -356,6 +356,13 @@ class CheckpointManager:
                     **details,
                 },
             )
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Look up the versions of packages once: it takes milliseconds."""
+    versions = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **versions}
 
 
 def _reason(error: BaseException) -> str:
