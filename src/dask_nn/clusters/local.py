@@ -35,6 +35,9 @@ FEW_WAKE_UPS = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
 }
+# So long after a worker was lost, a local cluster looks whether it is there, and ends its nanny
+# if not, even if a second loss has just happened that the nanny is about to mend.
+PATIENT_WITH_NANNIES = {"distributed.deploy.lost-worker-timeout": "1 day"}
 
 
 def available_cores() -> int:
@@ -97,6 +100,7 @@ def local_cluster(
     scratch = tempfile.mkdtemp(prefix="dask-nn-")
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_distributed())
+        stack.enter_context(dask.config.set(PATIENT_WITH_NANNIES))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
         runner = _loop_blind_to_interrupts()
