@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
@@ -25,8 +26,6 @@ from dask_nn.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from dask_nn.checkpoints.options import Checkpoint
 
@@ -198,7 +197,9 @@ class CheckpointManager:
             name[len(WEIGHTS) :]: t for name, t in tensors.items() if name.startswith(WEIGHTS)
         }
         others = {name: t for name, t in tensors.items() if not name.startswith(WEIGHTS)}
-        files = {MODEL: weights_to_bytes(weights), STATE: weights_to_bytes(others)}
+        files = {MODEL: weights_to_bytes(weights)}
+        if others:
+            files[STATE] = weights_to_bytes(others)
         manifest = Manifest(
             epoch=content.epoch,
             step=content.step,
@@ -213,7 +214,7 @@ class CheckpointManager:
             packages=_versions(),
         )
         folder = content.name
-        if self._holds(folder, manifest):
+        if self._holds(folder, manifest, tensors):
             return
         try:
             # Without a manifest it counts as none, until all of it is there.
@@ -227,13 +228,22 @@ class CheckpointManager:
             self._storage.remove(folder)
             raise
 
-    def _holds(self, folder: str, manifest: Manifest) -> bool:
+    def _holds(self, folder: str, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> bool:
         """Tell whether the very same state lies there: a run that lost time comes by again."""
+        if not self._storage.exists(folder, MANIFEST):
+            return False
         try:
-            found = self._load(folder)[1]
+            content, found = self._load(folder)
         except CheckpointError:
             return False
-        return found.files == manifest.files and found.configuration == manifest.configuration
+        # Not the bytes of the files: safetensors writes its metadata in any order.
+        held: dict[str, torch.Tensor] = {}
+        encode(content.tree, held)
+        return (
+            found.configuration == manifest.configuration
+            and held.keys() == tensors.keys()
+            and all(torch.equal(held[name], tensor.cpu()) for name, tensor in tensors.items())
+        )
 
     def _retire(self) -> None:
         """Remove what need not be kept."""

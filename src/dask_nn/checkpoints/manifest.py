@@ -84,7 +84,8 @@ class Manifest:
         # A loss can be NaN; Python's reader takes what its writer makes of it.
         values = asdict(self)
         values[_SUM] = _checksum(values)
-        return json.dumps(values, indent=1).encode()
+        # On one line: with an indent Python's slow encoder would take the interpreter from a rank.
+        return json.dumps(values).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
