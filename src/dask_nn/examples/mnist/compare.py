@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from dask_nn.callbacks.base import Callback
+    from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.examples.mnist.data import Dataset
     from dask_nn.examples.mnist.sequential import Digits, LoopResult
     from dask_nn.training.result import TrainingResult
@@ -247,7 +248,7 @@ def train_parallel(
     client: Client,
     callbacks: Sequence[Callback] = (),
     *,
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | str | None = None,
     resume: bool = False,
 ) -> TrainingResult:
     """Train with dask-nn on the cluster of a client.
@@ -256,7 +257,7 @@ def train_parallel(
     ----------
     job, digits, client, callbacks
         What to train, where, and who is told.
-    checkpoint : str, optional
+    checkpoint : Checkpoint or str, optional
         Folder or URL in which the run is saved after every epoch.
     resume : bool
         Go on from the newest checkpoint there.
