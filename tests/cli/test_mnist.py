@@ -68,6 +68,26 @@ def test_the_whole_job(run: Run, data_dir: Path, tmp_path: Path, temporary: Path
     assert not list(temporary.glob("dask*"))
 
 
+def test_a_saved_run_is_resumed_with_the_same_bits(
+    run: Run, data_dir: Path, tmp_path: Path
+) -> None:
+    def train(epochs: int, *more: object) -> str:
+        done = run(
+            "mnist", "--data-dir", data_dir, "--workers", 2, "--no-sequential", "--epochs", epochs,
+            "--report", tmp_path, "--json", tmp_path / "numbers.json", *more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        numbers = json.loads((tmp_path / "numbers.json").read_text())
+        return str(numbers["parallel"]["weights_sha256"])
+
+    saved = ("--checkpoint", tmp_path / "run")
+    train(1, *saved)
+    assert "already has checkpoints" in refusal(
+        "--data-dir", data_dir, "--report", tmp_path, *saved
+    )
+    assert train(2, *saved, "--resume") == train(2)
+
+
 def test_the_graph_engine_alone_on_a_running_cluster(
     run: Run, cluster2: object, data_dir: Path, tmp_path: Path
 ) -> None:

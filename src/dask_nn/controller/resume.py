@@ -89,8 +89,8 @@ def open_checkpoints(checkpoint: Checkpoint | None, *, resume: bool) -> SavedRun
     if not resume:
         if occupied:
             message = (
-                f"{checkpoint.url} already has checkpoints; go on with resume=True, or choose "
-                "another folder"
+                f"{checkpoint.url} already has checkpoints; go on with resume=True "
+                "(--resume), or choose another folder"
             )
             raise ConfigurationError(message)
         return None
