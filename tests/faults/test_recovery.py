@@ -137,7 +137,8 @@ def test_a_slow_worker_is_waited_for(job, undisturbed, make_cluster, same_bits, 
 def test_the_nanny_ends_a_worker_that_takes_too_much_memory(
     job, undisturbed, make_cluster, same_bits, heard, tmp_path
 ):
-    client = make_cluster(2, memory_limit="1 GiB")
+    # A worker that only imported torch takes half a GiB and more, by the system's count.
+    client = make_cluster(2, memory_limit="3 GiB")
     fail_at(client, 1, 30, "forward", action="memory", folder=tmp_path)
     result = job.train(client, callbacks=[heard])
     same_bits(result, undisturbed)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from dask.utils import format_bytes
+
+from dask_nn.errors import ClusterError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -29,18 +33,44 @@ def send(client: Client, data: Any, **options: Any) -> Any:
 
     Raises
     ------
+    ClusterError
+        If no worker takes anything for ten seconds, because there is none, or because all are
+        paused for want of memory.
     OSError, KeyError
-        What Dask raises where there is no worker, or one dies while it is sent something, if that
-        goes on for ten seconds.
+        What Dask raises where a worker dies while it is sent something, if that goes on for ten
+        seconds.
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return client.scatter(data, hash=False, **options)
-        except (OSError, KeyError):  # the scheduler looks up a worker that has just left
-            if client.status != "running" or time.monotonic() > deadline:
+            return client.scatter(data, hash=False, timeout=PATIENCE_S, **options)
+        except (OSError, KeyError) as error:  # the scheduler looks up a worker that has just left
+            if client.status != "running":
+                raise
+            if time.monotonic() > deadline:
+                _explain(client, error)
                 raise
             time.sleep(PAUSE_S)
+
+
+def _explain(client: Client, error: Exception) -> None:
+    """Say what is wrong with the workers, if none of them takes work."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    if any(worker["status"] == "running" for worker in workers.values()):
+        return
+    if not workers:
+        message = "the cluster has no workers that data could be sent to"
+        raise ClusterError(message) from error
+    states = ", ".join(
+        f"{address} is {worker['status']} with {format_bytes(worker['metrics']['memory'])} of "
+        f"{format_bytes(worker['memory_limit'])} in use"
+        for address, worker in sorted(workers.items())
+    )
+    message = (
+        f"no worker takes data: {states}; give the workers more memory (memory_limit), or use "
+        f"more of them"
+    )
+    raise ClusterError(message) from error
 
 
 def send_lost(client: Client, pieces: Mapping[str, np.ndarray[Any, Any]]) -> int:

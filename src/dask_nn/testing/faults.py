@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 ACTIONS = ("kill", "stop", "sleep", "raise", "memory", "ENOSPC", "EIO")
-MEMORY_STEP_BYTES = 64 << 20
+MEMORY_STEP_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
