@@ -93,6 +93,14 @@ def test_the_newest_stay_and_the_best(make):
     assert [name[:10] for name in manager.names()] == ["epoch-0001", "epoch-0003", "epoch-0004"]
 
 
+def test_the_newest_is_found_by_number(make):
+    manager = make(keep=2)
+    for epoch in (9_999, 10_000, 10_001):
+        manager.flush_now(content(epoch=epoch, steps=epoch), WAIT_S)
+    assert [int(name.split("-")[1]) for name in manager.names()] == [10_000, 10_001]
+    assert manager.load_latest()[0].epoch == 10_001
+
+
 def test_all_stay(make):
     manager = make(keep=None)
     for epoch in range(5):

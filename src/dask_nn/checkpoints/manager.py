@@ -37,6 +37,7 @@ STATE = "state.safetensors"
 # The model's tensors have a file of their own, which evaluate and predict can read.
 WEIGHTS = "weights/"
 NAME = re.compile(r"epoch-\d{4,}-step-\d{9,}")
+NUMBER = re.compile(r"\d+")
 PACKAGES = ("dask-nn", "torch", "numpy", "dask", "distributed", "safetensors")
 
 logger = logging.getLogger("dask_nn.checkpoints")
@@ -263,7 +264,9 @@ class CheckpointManager:
     def names(self) -> list[str]:
         """Give the names of all checkpoints with a manifest, oldest first."""
         names = (name for name in self._storage.folders() if NAME.fullmatch(name))
-        return [name for name in names if self._storage.exists(name, MANIFEST)]
+        found = [name for name in names if self._storage.exists(name, MANIFEST)]
+        # By number: epoch 10000 comes after epoch 9999.
+        return sorted(found, key=lambda name: [int(part) for part in NUMBER.findall(name)])
 
     def best(self) -> str | None:
         """Give the name of the best checkpoint by ``Checkpoint.best``; None if none has it."""

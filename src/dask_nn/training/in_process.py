@@ -62,10 +62,15 @@ def run_in_process(
         on_event=lambda name, details: calls.put(partial(on_event, name, details)),
     )
     outcomes: list[RankOutcome] = []
+    broken: list[BaseException] = []
 
     def work() -> None:
-        outcomes.append(rank_main(spec, env))
-        calls.put(None)
+        try:
+            outcomes.append(rank_main(spec, env))
+        except BaseException as error:  # nobody else would hear of it
+            broken.append(error)
+        finally:
+            calls.put(None)
 
     thread = threading.Thread(target=work, name="dask-nn-rank", daemon=True)
     thread.start()
@@ -74,6 +79,8 @@ def run_in_process(
         while True:
             try:
                 call = calls.get()
+                if call is None and broken:
+                    raise broken[0]
                 if call is None:
                     return outcomes[0], interrupted
                 call()
