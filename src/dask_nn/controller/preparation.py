@@ -88,7 +88,7 @@ def prepare(
     if client is not None:
         options.check_pickles(model)
     workers = tuple(inspect_workers(client)) if client is not None else ()
-    shards = options.strategy.shards or default_shards(options.batch_size, len(workers))
+    shards = options.strategy.shards or _default_shards(options, workers)
     _check_known_sizes(X, options, shards)
 
     names = ("X", "y", "sample_weight") if weighted else ("X", "y")
@@ -158,6 +158,19 @@ def prepare(
         workers=workers,
         seating=seating,
     )
+
+
+def _default_shards(options: Options, workers: tuple[WorkerFacts, ...]) -> int:
+    """Give one shard to each worker that can run a rank: a host has no more of them than cores."""
+    if not workers:
+        return 1
+    seating = seat_ranks(
+        workers,
+        shards=options.batch_size,
+        threads_per_rank=options.strategy.threads_per_rank,
+        device=options.device,
+    )
+    return default_shards(options.batch_size, len(seating.workers))
 
 
 def _task(

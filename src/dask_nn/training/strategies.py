@@ -19,7 +19,7 @@ class Synchronous:
     shards : int, optional
         Logical data-parallel replicas. The weights depend on this number, not on how many workers
         compute them. By default the largest divisor of the batch size that is not above the
-        number of workers.
+        number of ranks: of workers, but on a host no more than it has cores for.
     threads_per_rank : int, optional
         Intra-op threads of each rank; also part of what the bits depend on. By default the host's
         cores divided by its ranks, at most the worker's own threads.
@@ -49,7 +49,7 @@ class Synchronous:
                 raise ConfigurationError(message)
 
 
-def default_shards(batch_size: int, num_workers: int) -> int:
-    """Give the largest divisor of the batch size that is not above the number of workers."""
-    candidates = range(min(max(1, num_workers), batch_size), 0, -1)
+def default_shards(batch_size: int, ranks: int) -> int:
+    """Give the largest divisor of the batch size that is not above the number of ranks."""
+    candidates = range(min(max(1, ranks), batch_size), 0, -1)
     return next(shards for shards in candidates if batch_size % shards == 0)
