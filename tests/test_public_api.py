@@ -13,6 +13,7 @@ PUBLIC = [
     "Synchronous",
     "TrainingResult",
     "evaluate",
+    "open_data",
     "predict",
     "train",
 ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dask_nn.callbacks.base import Callback
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.controller.failure_policy import Recovery
+    from dask_nn.data.urls import open_data
     from dask_nn.training.result import TrainingResult
     from dask_nn.training.strategies import Synchronous
 
@@ -26,6 +27,7 @@ _HOME = {
     "Synchronous": "dask_nn.training.strategies",
     "TrainingResult": "dask_nn.training.result",
     "evaluate": "dask_nn.api",
+    "open_data": "dask_nn.data.urls",
     "predict": "dask_nn.api",
     "train": "dask_nn.api",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "Synchronous",
     "TrainingResult",
     "evaluate",
+    "open_data",
     "predict",
     "train",
 ]

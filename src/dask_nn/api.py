@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from dask_nn.callbacks.base import Callback
+    from dask_nn.data.memory import Memory
     from dask_nn.training.result import TrainingResult
 
 __all__ = ["evaluate", "predict", "train"]
@@ -35,7 +36,7 @@ __all__ = ["evaluate", "predict", "train"]
 def train(
     model: nn.Module | Callable[[], nn.Module],
     X: Any,
-    y: Any,
+    y: Any = None,
     *,
     loss: Callable[..., torch.Tensor],
     optimizer: Callable[..., torch.optim.Optimizer],
@@ -44,6 +45,9 @@ def train(
     validation: Sequence[Any] | None = None,
     metrics: Sequence[str | Metric] | Mapping[str, Metric] = (),
     sample_weight: Any = None,
+    features: Sequence[str] | None = None,
+    batch_dim: str | None = None,
+    memory: Memory = "auto",
     strategy: Synchronous | None = None,
     engine: Engine = "spmd",
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -69,11 +73,15 @@ def train(
     ----------
     model : torch.nn.Module, or a class or function that makes one
         It is copied, not changed.
-    X : Dask array, NumPy array or tensor, shape (num_samples, ...)
-        Features. Floats are cast to the model's type; integers stay as they are until
-        ``transform``.
-    y : Dask array, NumPy array or tensor, shape (num_samples, ...)
-        Targets. Integers reach the loss as int64, floats in the model's type.
+    X : collection, shape (num_samples, ...)
+        Features: a Dask, NumPy or xarray array, a tensor, a table of Dask or pandas, a list of
+        Delayed, a Dask Bag, a map-style torch dataset, or a dictionary of them, whose members
+        become keyword arguments of the module. Floats are cast to the model's type; integers
+        stay as they are until ``transform``. Categories become their codes.
+    y : collection, str or list of str, optional
+        Targets, shape (num_samples, ...): the same kinds, or names of columns of X. Integers
+        reach the loss as int64, floats in the model's type. May be left out where X brings it:
+        lists of delayed pairs, Bags of pairs, datasets of pairs.
     loss : callable
         ``loss(output, target)`` that returns a scalar, such as ``torch.nn.CrossEntropyLoss()``.
         The gradient is that of its mean over the whole batch, however unevenly the batch is
@@ -85,11 +93,20 @@ def train(
     batch_size : int
         Samples of one optimizer step, of all shards together; divisible by the shards.
     validation : tuple, optional
-        ``(X, y)``, with ``sample_weight`` if training has it, evaluated after every epoch.
+        ``(X, y)``, with ``sample_weight`` if training has it, or a collection like X that
+        brings its targets; evaluated after every epoch.
     metrics : sequence of str or torchmetrics.Metric, or mapping from name to Metric
         Computed on the training batches as they are trained on, and on ``validation``.
-    sample_weight : Dask array, NumPy array or tensor, shape (num_samples,), optional
+    sample_weight : collection or str, shape (num_samples,), optional
         Weights of the mean over a batch.
+    features : list of str, optional
+        Columns of X that are features; by default all that are not y or weights.
+    batch_dim : str, optional
+        The dimension of xarray objects along which samples lie; the first by default.
+    memory : {"auto", "resident", "stream"}
+        "resident" holds the data in the cluster's memory; "stream" computes every block on the
+        worker that needs it when it needs it, and releases it after use, in every epoch anew;
+        "auto" streams what does not fit half of the memory. The bits are the same.
     strategy : Synchronous, optional
         Shards and threads; ``Synchronous()`` if not given.
     engine : {"spmd", "graph"}
@@ -156,6 +173,9 @@ def train(
         metrics=metrics,
         strategy=strategy or Synchronous(),
         engine=engine,
+        memory=memory,
+        features=features,
+        batch_dim=batch_dim,
         transform=transform,
         lr_scheduler=lr_scheduler,
         lr_scheduler_every=lr_scheduler_every,

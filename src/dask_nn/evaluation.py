@@ -12,9 +12,12 @@ import numpy as np
 from dask.delayed import delayed
 from torch import Tensor, nn
 
+from dask_nn.data.inputs.read import read_inputs
 from dask_nn.errors import ConfigurationError, DataError, ModelError
+from dask_nn.grouping import Grouping, map_inputs
 from dask_nn.metrics.block import block_partials, check_loss, check_metrics
 from dask_nn.metrics.forward import (
+    PROBE_ROWS,
     check_batch_size,
     floating_dtype,
     one_thread_per_task,
@@ -25,7 +28,13 @@ from dask_nn.metrics.forward import (
 from dask_nn.metrics.merge import Partial, compute, merge_named
 from dask_nn.metrics.names import Metrics, infer_task, resolve
 from dask_nn.metrics.objective import Objective
-from dask_nn.metrics.row_blocks import as_array, one_chunk_per_row_block, per_block, shipped
+from dask_nn.metrics.row_blocks import (
+    aligned,
+    as_array,
+    check_same_rows,
+    per_block,
+    shipped,
+)
 from dask_nn.metrics.streams import classifies
 from dask_nn.pickling import dumps
 
@@ -44,11 +53,13 @@ SPLIT_EVERY: Final = 8
 def evaluate(
     model: nn.Module,
     X: Any,
-    y: Any,
+    y: Any = None,
     *,
     metrics: Metrics = ("accuracy",),
     loss: Callable[..., Tensor] | None = None,
     sample_weight: Any = None,
+    features: Sequence[str] | None = None,
+    batch_dim: str | None = None,
     batch_size: int = 1024,
     transform: Callable[[Tensor], Tensor] | None = None,
     client: Client | None = None,
@@ -62,18 +73,23 @@ def evaluate(
     ----------
     model : nn.Module
         Used in evaluation mode, and left as it is. Each worker receives it once.
-    X : dask.array.Array or array_like
-        Shape (num_rows, ...). A Dask array is evaluated on the cluster, block by block; anything
-        else in this process.
-    y : dask.array.Array or array_like
-        Shape (num_rows, ...), chunked in any way.
+    X : collection, shape (num_rows, ...)
+        Of any kind that :func:`dask_nn.train` takes. What Dask or a torch dataset holds is
+        evaluated on the cluster, block by block; anything else in this process.
+    y : collection, str or list of str, optional
+        Shape (num_rows, ...), chunked in any way, or names of columns of X; may be left out where
+        X brings it.
     metrics : str, Metric, sequence of them, or mapping of str to them
         Names, such as ``"accuracy"``, or torchmetrics objects.
     loss : callable, optional
         ``loss(outputs, targets)`` returning a scalar; its mean over all rows is ``"loss"``, also
         for a loss with ``reduction="sum"``.
-    sample_weight : dask.array.Array or array_like, optional
+    sample_weight : collection or str, optional
         Shape (num_rows,). They weigh the loss, not the metrics.
+    features : list of str, optional
+        Columns of X that are features; by default all that are not y or weights.
+    batch_dim : str, optional
+        The dimension of xarray objects along which rows lie; the first by default.
     batch_size : int
         Most rows that go through the model at a time.
     transform : callable, optional
@@ -103,19 +119,24 @@ def evaluate(
     if sample_weight is not None and loss is None:
         raise ConfigurationError("sample_weight weighs the loss, but there is none; pass loss=")
     objective = None if loss is None else Objective(loss, weighted=sample_weight is not None)
-    given = {"X": X, "y": y} | ({} if sample_weight is None else {"sample_weight": sample_weight})
-    arrays = {name: as_array(name, value) for name, value in given.items()}
-    _check_lengths(arrays)
     with client.as_current() if client is not None else nullcontext():
-        if isinstance(arrays["X"], da.Array):
-            return _on_cluster(model, _aligned(arrays), metrics, objective, batch_size, transform)
+        inputs = read_inputs(X, y, sample_weight, features=features, batch_dim=batch_dim)
+        arrays = {name: as_array(name, value) for name, value in inputs.items()}
+        _check_lengths(arrays)
+        grouping = Grouping.of(list(arrays))
+        if isinstance(next(iter(arrays.values())), da.Array):
+            return _on_cluster(
+                model, aligned(arrays), grouping, metrics, objective, batch_size, transform
+            )
         rows = [np.asarray(array) for array in arrays.values()]
         _check_lengths(dict(zip(arrays, rows, strict=True)))
-        criteria = _criteria(model, arrays["X"], rows[1], metrics, objective, transform)
-        criteria.check_labels(rows[1])
+        criteria = _criteria(model, rows, grouping, metrics, objective, transform)
+        criteria.check_labels(grouping.targets(rows))
         partials = block_partials(
             model,
-            *rows,
+            grouping.inputs(rows),
+            grouping.targets(rows),
+            grouping.weights(rows),
             metrics=criteria.metrics,
             loss=objective,
             batch_size=batch_size,
@@ -145,7 +166,7 @@ class _Criteria:
     num_classes: int | None
     ignore_index: int | None
 
-    def check_labels(self, y: np.ndarray[Any, Any]) -> None:
+    def check_labels(self, y: Any) -> None:
         """Raise a DataError if a label lies outside the outputs."""
         if self.num_classes is None or not y.size:
             return
@@ -160,16 +181,28 @@ class _Criteria:
 
 def _criteria(
     model: nn.Module,
-    X: Any,
-    y: Any,
+    arrays: Sequence[Any],
+    grouping: Grouping,
     metrics: Metrics,
     objective: Objective | None,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> _Criteria:
     """Choose the metrics from two rows of zeros, on which everything is tried."""
-    output = probe(model, tuple(map(int, X.shape[1:])), X.dtype, transform=transform)
-    zeros = np.zeros((len(output), *map(int, y.shape[1:])), dtype=y.dtype)
+    output = probe(model, grouping.inputs(arrays), transform=transform)
+    y = grouping.targets(arrays)
+    zeros = map_inputs(
+        lambda array: np.zeros((PROBE_ROWS, *map(int, array.shape[1:])), dtype=array.dtype), y
+    )
     target = targets_of(zeros, floating_dtype(model))
+    if isinstance(target, dict) or not isinstance(output, Tensor):
+        if metrics:
+            raise ConfigurationError(
+                "metrics compare one tensor of outputs with one of targets, but there are several "
+                "of one of them; pass metrics=() and let loss= combine them"
+            )
+        if objective is not None:
+            check_loss(objective, output, target)
+        return _Criteria(metrics={}, loss=objective, num_classes=None, ignore_index=None)
     num_outputs = int(output.shape[1]) if output.dim() > 1 else 1
     ignore_index = None if objective is None else objective.ignore_index
     task = infer_task(
@@ -197,6 +230,7 @@ def _criteria(
 def _on_cluster(
     model: nn.Module,
     arrays: Sequence[da.Array],
+    grouping: Grouping,
     metrics: Metrics,
     objective: Objective | None,
     batch_size: int,
@@ -206,10 +240,10 @@ def _on_cluster(
     objects = [payload, dumps(transform, "transform")]
     if objective is not None:
         dumps(objective.loss, "loss")  # to name the attribute as the user knows it
-    criteria = _criteria(sent, arrays[0], arrays[1], metrics, objective, transform)
+    criteria = _criteria(sent, arrays, grouping, metrics, objective, transform)
     objects.append(dumps(criteria, "metrics"))
     blocks = per_block(
-        partial(_evaluate_block, batch_size=int(batch_size)),
+        partial(_evaluate_block, grouping=grouping, batch_size=int(batch_size)),
         *arrays,
         objects=shipped(*objects),
         row_shape=(),
@@ -224,48 +258,24 @@ def _on_cluster(
     return compute(criteria.metrics, parts[0].compute())
 
 
-def _evaluate_block(*rows_and_objects: Any, batch_size: int) -> dict[str, Partial]:
+def _evaluate_block(
+    *rows_and_objects: Any, grouping: Grouping, batch_size: int
+) -> dict[str, Partial]:
     *rows, (model, transform, criteria) = rows_and_objects
-    criteria.check_labels(rows[1])
+    check_same_rows(rows)
+    targets = grouping.targets(rows)
+    criteria.check_labels(targets)
     with one_thread_per_task():
         return block_partials(
             model,
-            *rows,
+            grouping.inputs(rows),
+            targets,
+            grouping.weights(rows),
             metrics=criteria.metrics,
             loss=criteria.loss,
             batch_size=batch_size,
             transform=transform,
         )
-
-
-def _aligned(arrays: Mapping[str, Any]) -> list[da.Array]:
-    """Give all inputs the row chunks of X, and one chunk along other axes."""
-    resolved = {name: _with_lengths(name, array) for name, array in arrays.items()}
-    _check_lengths(resolved)
-    row_chunks = resolved["X"].chunks[0]
-    aligned = []
-    for name, array in resolved.items():
-        if not isinstance(array, da.Array):
-            whole = [(length,) for length in array.shape[1:]]
-            aligned.append(da.from_array(array, chunks=(row_chunks, *whole)))
-            continue
-        joined = one_chunk_per_row_block(name, array)
-        same = joined.chunks[0] == row_chunks
-        aligned.append(joined if same else joined.rechunk({0: row_chunks}))
-    return aligned
-
-
-def _with_lengths(name: str, array: Any) -> Any:
-    """Find the unknown chunk sizes of a copy of a Dask array, which costs computing it once."""
-    if not isinstance(array, da.Array) or not any(np.isnan(length) for length in array.shape):
-        return array
-    copied = da.Array(array.dask, array.name, array.chunks, meta=array)
-    try:
-        return copied.compute_chunk_sizes()
-    except Exception as error:
-        raise DataError(
-            f"the chunk sizes of {name} are unknown and cannot be computed: {error}"
-        ) from error
 
 
 def _check_lengths(arrays: Mapping[str, Any]) -> None:

@@ -36,6 +36,14 @@ class RunInfo:
         Epochs asked for.
     batch_size : int
         Rows of a global batch.
+    num_blocks : int
+        Blocks of the training data.
+    size_bytes : int
+        Stored size of the training data.
+    window : int
+        Blocks that a shard shuffles together.
+    streamed : bool
+        Whether blocks are computed when they are needed, instead of held in memory.
     """
 
     engine: str
@@ -49,6 +57,10 @@ class RunInfo:
     num_steps: int
     epochs: int
     batch_size: int
+    num_blocks: int = 0
+    size_bytes: int = 0
+    window: int = 0
+    streamed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,15 +110,15 @@ def test_labels_of_all_blocks_have_a_range(threads_client):
     labels = np.where(Y % 5 == 0, -100, Y - 3)
     for client in (None, threads_client):
         blocks = aligned(client, X=X, y=da.from_array(labels, chunks=3))
-        found = label_range(blocks, ignore=-100, client=client)
+        found = label_range(blocks, ignore=-100, place=1, client=client)
         assert (found.low, found.high, found.ignored) == (-2, 16, True)
-        found = label_range(blocks, ignore=77, client=client)
+        found = label_range(blocks, ignore=77, place=1, client=client)
         assert (found.low, found.high, found.ignored) == (-100, 16, False)
 
 
 def test_labels_that_are_all_ignored_have_no_range():
     blocks = aligned(X=X, y=np.full(20, -100))
-    found = label_range(blocks, ignore=-100, client=None)
+    found = label_range(blocks, ignore=-100, place=1, client=None)
     assert found.low > found.high
     assert found.ignored
 

@@ -25,9 +25,9 @@ class Loads:
             self.progressed.notify_all()
         return number
 
-    def wait_for(self, count: int) -> bool:
+    def wait_for(self, count: int, timeout_s: float = 5) -> bool:
         with self.progressed:
-            return self.progressed.wait_for(lambda: len(self.ran) >= count, 5)
+            return self.progressed.wait_for(lambda: len(self.ran) >= count, timeout_s)
 
 
 def start(loads, lanes, **options) -> Prefetcher[int]:
@@ -37,20 +37,21 @@ def start(loads, lanes, **options) -> Prefetcher[int]:
 
 
 def test_every_lane_gets_its_loads_in_order():
-    prefetcher = start(Loads(0, 1, 0, 1, 1, 0), range(2))
+    prefetcher = start(Loads(0, 1, 0, 1, 1, 0), range(2), alive=3)
     assert [prefetcher.take(lane) for lane in (0, 1, 0, 1, 1, 0)] == [0, 1, 2, 3, 4, 5]
     prefetcher.close()
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_no_more_than_wanted_is_loaded_ahead(ahead):
+@pytest.mark.parametrize("alive", [1, 2, 4])
+def test_a_lane_never_has_more_loads_than_it_may(alive):
     loads = Loads(*[0] * 20)
-    prefetcher = start(loads, [0], ahead=ahead)
-    assert loads.wait_for(ahead + 1)  # one more is held by the thread itself
+    prefetcher = start(loads, [0], alive=alive)
+    assert loads.wait_for(alive)
     for taken in range(5):
         assert prefetcher.take(0) == taken
-        assert loads.wait_for(taken + ahead + 2)
-        assert len(loads.ran) <= taken + ahead + 2
+        assert not loads.wait_for(taken + alive + 1, timeout_s=0.15)
+        prefetcher.release(0)
+        assert loads.wait_for(taken + alive + 1)
     prefetcher.close()
 
 

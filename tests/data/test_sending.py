@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import dask
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 from dask_nn.clusters.local import local_cluster
 from dask_nn.data import sending
@@ -15,8 +16,6 @@ from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from distributed import Client
 
 
 def paused(client: Client) -> list[str]:
@@ -56,3 +55,14 @@ def test_a_cluster_without_workers_is_said_to_have_none() -> None:
         client.retire_workers(close_workers=True)
         with pytest.raises(ClusterError, match="no workers"):
             sending.send(client, {"x": np.zeros(3)})
+
+
+def test_waiting_for_workers_that_take_no_work_ends(monkeypatch):
+    monkeypatch.setattr(sending, "PATIENCE_S", 1.0)
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        task = client.submit(int, 1)
+        with pytest.raises(ClusterError, match="no workers that could"):
+            sending.gather(client, [task])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Self
 
+from dask.utils import format_bytes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
@@ -69,6 +70,12 @@ def _recovered(details: dict[str, Any]) -> str:
     )
 
 
+def _streaming(details: dict[str, Any]) -> str:
+    size, room = format_bytes(details["size_bytes"]), format_bytes(details["room_bytes"])
+    why = "as asked" if details["asked"] else f"more than the {room} that could hold it"
+    return f"streaming {size} in {details['blocks']:,} blocks: {why}"
+
+
 def _ranks(details: dict[str, Any]) -> str:
     count = details["ranks"]
     return f"{count} rank" if count == 1 else f"{count} ranks"
@@ -81,6 +88,10 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "worker-refused": lambda d: f"worker {d['address']} takes no part: {d['reason']}",
     "checkpoint-failed": lambda d: f"a checkpoint could not be written: {d['reason']}",
     "checkpoint-refused": lambda d: f"the checkpoint {d['path']} is passed over: {d['reason']}",
+    "streaming": _streaming,
+    "window-reduced": lambda d: (
+        f"shuffling among {d['window']} blocks instead of {d['wanted']}: more do not fit a worker"
+    ),
     "resumed": lambda d: f"resumed from {d['path']} at step {d['steps']:,}",
 }
 

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dask_nn.cli.interrupts import ending_at_once
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["evaluate"]
 
 
 @click.command
 @click.option(
-    "--weights", type=click.Path(path_type=Path), required=True, help="File that mnist saved."
+    "--weights",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File that mnist or train saved.",
 )
 @click.option(
     "--data",
-    type=click.Choice(["mnist"]),
     default="mnist",
     show_default=True,
-    # There is one choice as yet.
-    expose_value=False,
-    help="Test images.",
+    metavar="mnist|URL",
+    help="Test data: zarr:, parquet:, hdf5: or npy: and a path, or MNIST's own.",
+)
+@click.option(
+    "--job",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The job file that says what the model is, and which arrays or columns are x and y.",
 )
 @click.option(
     "--data-dir",
@@ -30,24 +40,64 @@ __all__ = ["evaluate"]
     help="Folder with the four IDX files of MNIST, plain or .gz.",
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Evaluate on the cluster of this scheduler.")
-def evaluate(*, weights: Path, data_dir: Path | None, scheduler: str | None) -> None:
-    """Test saved weights on the test images and print loss and accuracy."""
+def evaluate(
+    *, weights: Path, data: str, job: Path | None, data_dir: Path | None, scheduler: str | None
+) -> None:
+    """Test saved weights and print loss and metrics."""
     from contextlib import closing, nullcontext
 
+    if (data == "mnist") == (job is not None):
+        raise click.UsageError("--data URL and --job belong together; MNIST needs neither")
     with ending_at_once():
-        from dask_nn.checkpoints.serialization import load_weights
         from dask_nn.clusters.connect import connect
-        from dask_nn.examples.mnist.compare import score
-        from dask_nn.examples.mnist.data import load
-        from dask_nn.examples.mnist.model import model_from_weights
+
+    client = closing(connect(scheduler, timeout_s=5)) if scheduler else nullcontext()
+    with client as connected:
+        if job is None:
+            _evaluate_mnist(weights, data_dir, connected)
+        else:
+            _evaluate_job(weights, data, job, connected)
+
+
+def _evaluate_mnist(weights: Path, data_dir: Path | None, client: Client | None) -> None:
+    from dask_nn.checkpoints.serialization import load_weights
+    from dask_nn.examples.mnist.compare import score
+    from dask_nn.examples.mnist.data import load
+    from dask_nn.examples.mnist.model import model_from_weights
 
     model = model_from_weights(load_weights(weights)[0])
     dataset = load(data_dir)
     if dataset.note:
         click.echo(f"Note: {dataset.note}", err=True)
-    client = closing(connect(scheduler, timeout_s=5)) if scheduler else nullcontext()
-    with client as connected:
-        scores = score(model, dataset.digits, connected)
+    scores = score(model, dataset.digits, client)
     click.echo(f"dataset   {dataset.name}, {len(dataset.digits.test_labels):,} test images")
+    _print(scores)
+
+
+def _evaluate_job(weights: Path, url: str, path: Path, client: Client | None) -> None:
+    from dask_nn.api import evaluate as evaluate_rows
+    from dask_nn.cli.data import select
+    from dask_nn.cli.job_file import read_job
+    from dask_nn.cli.trained import load_model
+
+    job = read_job(path)
+    model = load_model(job, weights)
+    names = {key: job.data.get(key) for key in ("x", "y", "sample_weight")}
+    X, y, weight = select(url, **names)
+    scores = evaluate_rows(
+        model,
+        X,
+        y,
+        sample_weight=weight,
+        loss=job.make_loss(),
+        metrics=job.training.get("metrics", ()),
+        transform=job.transform(),
+        client=client,
+    )
+    _print(scores)
+
+
+def _print(scores: dict[str, float]) -> None:
+    width = max(9, *map(len, scores))
     for name, value in scores.items():
-        click.echo(f"{name:<9} {value:.4f}")
+        click.echo(f"{name:<{width}} {value:.4f}")

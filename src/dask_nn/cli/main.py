@@ -11,6 +11,7 @@ from dask_nn.cli.evaluate import evaluate
 from dask_nn.cli.interrupts import EXIT_INTERRUPTED
 from dask_nn.cli.mnist import mnist
 from dask_nn.cli.predict import predict
+from dask_nn.cli.train import train
 from dask_nn.errors import CollectiveError, DaskNNError, NonFiniteLoss, TrainingError
 
 __all__ = ["main", "nn"]
@@ -45,7 +46,7 @@ def nn(*, debug: bool) -> None:
     """Train, evaluate and run PyTorch networks on Dask clusters."""
 
 
-for _command in (mnist, evaluate, predict):
+for _command in (mnist, train, evaluate, predict):
     nn.add_command(_command)
 
 

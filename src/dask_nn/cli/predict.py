@@ -1,9 +1,9 @@
-"""``dask-nn predict``: read images with saved weights."""
+"""``dask-nn predict``: run saved weights on data."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,44 +11,120 @@ from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
 
 __all__ = ["predict"]
 
 
 @click.command
 @click.option(
-    "--weights", type=click.Path(path_type=Path), required=True, help="File that mnist saved."
+    "--weights",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File that mnist or train saved.",
 )
 @click.option(
     "--input",
     "source",
-    type=click.Path(path_type=Path),
     required=True,
-    help="NumPy file of uint8 images, (n, 784), (n, 28, 28) or (n, 1, 28, 28).",
+    metavar="FILE|URL",
+    help="Data to read: zarr:, parquet:, hdf5: or npy: and a path, or a NumPy file. Without --job "
+    "uint8 images, (n, 784), (n, 28, 28) or (n, 1, 28, 28).",
 )
 @click.option(
     "--output",
     "target",
-    type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="NumPy file to write: int64 labels (n,), or float32 probabilities (n, 10).",
+    metavar="FILE|URL",
+    help="Where to write: zarr: or parquet: and a path, block by block, or a NumPy file. Labels "
+    "are int64 (n,), probabilities float32 (n, classes).",
 )
 @click.option("--proba", is_flag=True, help="Write probabilities instead of labels.")
-def predict(*, weights: Path, source: Path, target: Path, proba: bool) -> None:
-    """Read the digits of images with saved weights."""
+@click.option("--raw", is_flag=True, help="Write the model's outputs as they are.")
+@click.option(
+    "--job",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The job file that says what the model is, and which arrays or columns are x.",
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Predict on the cluster of this scheduler.")
+def predict(
+    *,
+    weights: Path,
+    source: str,
+    target: str,
+    proba: bool,
+    raw: bool,
+    job: Path | None,
+    scheduler: str | None,
+) -> None:
+    """Run saved weights on data; without --job, read the digits of images."""
+    from contextlib import closing, nullcontext
+
+    if proba and raw:
+        raise click.UsageError("--proba and --raw write different things: give either")
     with ending_at_once():
         from dask_nn.api import predict as predict_rows
-        from dask_nn.checkpoints.serialization import load_weights
-        from dask_nn.errors import DataError
-        from dask_nn.examples.mnist.model import model_from_weights, scale
+        from dask_nn.cli.data import check_target, write
+        from dask_nn.clusters.connect import connect
 
-    if not target.absolute().parent.is_dir():
-        raise DataError(f"{target}: its folder does not exist, expected one to write to")
+    kind, place = check_target(target)
+    output: Any = "proba" if proba else "raw" if raw else "label"
+    client = closing(connect(scheduler, timeout_s=5)) if scheduler else nullcontext()
+    with client:
+        model, data, transform = (
+            _of_job(job, weights, source) if job else _of_mnist(weights, source)
+        )
+        read = predict_rows(model, data, output=output, transform=transform)
+        write(read, kind, place)
+    rows = "" if _unknown(data) else f"{len(data):,} "
+    what = "rows" if job else "images"
+    click.echo(f"read {rows}{what}, wrote {place}")
+
+
+def _of_job(path: Path, weights: Path, source: str) -> tuple[nn.Module, Any, Any]:
+    from dask_nn.cli.data import select
+    from dask_nn.cli.job_file import read_job
+    from dask_nn.cli.trained import load_model
+
+    job = read_job(path)
+    model = load_model(job, weights)
+    X, _, _ = select(_as_url(source), x=job.data.get("x"))
+    return model, X, job.transform()
+
+
+def _of_mnist(weights: Path, source: str) -> tuple[nn.Module, Any, Any]:
+    from dask_nn.checkpoints.serialization import load_weights
+    from dask_nn.examples.mnist.model import model_from_weights, scale
+
     model = model_from_weights(load_weights(weights)[0])
-    images = _read(source)
-    read = predict_rows(model, images, output="proba" if proba else "label", transform=scale)
-    _write(target, read)
-    click.echo(f"read {len(images):,} images, wrote {target}")
+    return model, _images(source), scale
+
+
+def _as_url(source: str) -> str:
+    from dask_nn.data.urls import FORMATS
+
+    return source if source.split(":", 1)[0] in FORMATS else f"npy:{source}"
+
+
+def _images(source: str) -> Any:
+    import numpy as np
+
+    from dask_nn.data.urls import FORMATS, open_data
+    from dask_nn.errors import DataError
+
+    is_url = source.split(":", 1)[0] in FORMATS
+    images = open_data(source) if is_url else _read(Path(source))
+    if not hasattr(images, "dtype") or hasattr(images, "columns"):
+        raise DataError(f"{source}: expected one array of images; name it with #NAME")
+    if images.dtype != np.uint8 or images.shape[1:] not in {(784,), (28, 28), (1, 28, 28)}:
+        raise DataError(
+            f"{source}: expected uint8 images of shape (n, 784), (n, 28, 28) or (n, 1, 28, 28), "
+            f"got {images.dtype} of shape {images.shape}"
+        )
+    if not len(images):
+        raise DataError(f"{source}: expected at least one image, got shape {images.shape}")
+    rows = images.reshape(len(images), 784)
+    return rows if is_url else np.ascontiguousarray(rows)
 
 
 def _read(path: Path) -> np.ndarray:
@@ -64,24 +140,9 @@ def _read(path: Path) -> np.ndarray:
             images = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected a whole NumPy file (.npy) of images: {error}") from error
-    if images.dtype != np.uint8 or images.shape[1:] not in {(784,), (28, 28), (1, 28, 28)}:
-        raise DataError(
-            f"{path}: expected uint8 images of shape (n, 784), (n, 28, 28) or (n, 1, 28, 28), "
-            f"got {images.dtype} of shape {images.shape}"
-        )
-    if not len(images):
-        raise DataError(f"{path}: expected at least one image, got shape {images.shape}")
-    return np.ascontiguousarray(images).reshape(len(images), 784)
+    return images
 
 
-def _write(path: Path, values: np.ndarray) -> None:
-    import numpy as np
-
-    from dask_nn.checkpoints.whole_file import whole_file
-    from dask_nn.errors import DataError
-
-    try:
-        with whole_file(path) as file:
-            np.save(file, values, allow_pickle=False)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+def _unknown(data: Any) -> bool:
+    shape = getattr(data, "shape", None)
+    return not (isinstance(shape, tuple) and shape and isinstance(shape[0], int))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from distributed.utils import sync
 from distributed.utils_comm import gather_from_workers
 
+from dask_nn.data.memory import PROCESS_SHARE
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
@@ -16,9 +19,12 @@ if TYPE_CHECKING:
 
     from distributed import Worker
 
-    from dask_nn.data.reader import ClusterReader
+    from dask_nn.data.reader import BlockReader
+    from dask_nn.data.stream import Stream
 
-__all__ = ["make_reader"]
+    type BlockSource = tuple[tuple[Any, ...], ...] | Stream
+
+__all__ = ["BlockSource", "make_reader", "room_bytes", "used_bytes"]
 
 # Fetched blocks are kept up to this share of a worker's memory limit.
 CACHE_SHARE = 0.15
@@ -30,24 +36,41 @@ ATTEMPT_S = 60.0
 LOOK_S = 1.0
 PAUSE_S = 0.2
 POLL_S = 0.1
+# Blocks of a stream that one rank computes at the same time.
+MOST_LOADERS = 4
+
+
+def used_bytes(worker: Worker) -> int:
+    """Tell what a worker's process takes, besides the data that Dask holds there."""
+    fast: Any = getattr(worker.data, "fast", None)
+    held = int(getattr(fast, "total_weight", 0))
+    return max(0, int(psutil.Process().memory_info().rss) - held)
+
+
+def room_bytes(worker: Worker) -> int | None:
+    """Tell what data may still take in a worker's process; None without a limit."""
+    limit = worker.memory_manager.memory_limit
+    if not limit:
+        return None
+    return max(0, int(limit * PROCESS_SHARE) - int(psutil.Process().memory_info().rss))
 
 
 def make_reader(
     worker: Worker,
-    keys: tuple[tuple[Any, ...], ...],
+    data: BlockSource,
     *,
     size_bytes: int,
     uses: float,
     abort: threading.Event,
-) -> ClusterReader:
+) -> BlockReader:
     """Make the reader of some blocks.
 
     Parameters
     ----------
     worker : Worker
         Whose memory is looked at first.
-    keys : tuple of tuple
-        For each block the Dask key of each field.
+    data : tuple of tuple, or Stream
+        For each block the Dask key of each field, or how blocks are computed.
     size_bytes : int
         Stored size of all of them.
     uses : float
@@ -55,17 +78,36 @@ def make_reader(
     abort : threading.Event
         Ends a fetch that is under way.
     """
-    from dask_nn.data.reader import ClusterReader
+    from dask_nn.data.reader import ClusterReader, StreamReader
+    from dask_nn.data.stream import Stream
 
+    def fetch(wanted: list[Any]) -> list[Any]:
+        found: list[Any] = sync(worker.loop, _gather, worker, wanted, abort)
+        return found
+
+    if isinstance(data, Stream):
+        return StreamReader(
+            data,
+            fetch_shared=fetch,
+            place=worker.address,
+            threads=max(1, min(MOST_LOADERS, worker.state.nthreads // 2)),
+            check=partial(_check, abort),
+        )
     limit = worker.memory_manager.memory_limit
     cache_bytes = int(limit * CACHE_SHARE) if limit else CACHE_WITHOUT_LIMIT_BYTES
     return ClusterReader(
-        keys,
+        data,
         own=worker.data,
-        fetch=lambda wanted: sync(worker.loop, _gather, worker, wanted, abort),
+        fetch=fetch,
         cache_bytes=cache_bytes,
         fetch_whole=uses >= 1 and size_bytes <= cache_bytes,
     )
+
+
+def _check(abort: threading.Event) -> None:
+    if abort.is_set():
+        message = "told to end while computing blocks"
+        raise Aborted(message)
 
 
 async def _gather(worker: Worker, wanted: list[Any], abort: threading.Event) -> list[Any]:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
-from distributed import Future, KilledWorker
+from distributed import KilledWorker
 from distributed.client import FutureCancelledError
 
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.controller.cluster import scheduler_address
-from dask_nn.controller.graph_steps import StepTasks
+from dask_nn.controller.graph_steps import BlockTasks, StepTasks
 from dask_nn.data.sending import send
 from dask_nn.errors import ClusterError, IncompatibleWorkers, RankFailed, WorkerLost
 from dask_nn.events import Event, Progress
@@ -35,7 +35,7 @@ from dask_nn.training.outcome import RankOutcome
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from distributed import Client
+    from distributed import Client, Future
 
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.listening import Listener
@@ -126,8 +126,8 @@ class _GraphRun:
         restore_blocks: Callable[[], None],
     ) -> None:
         self._spec = payload.spec
-        self._keys = payload.keys
-        self._validation_keys = payload.validation_keys
+        self._data = payload.data
+        self._validation = payload.validation
         self._client = client
         self._listener = listener
         self._run_id = uuid.uuid4().hex[:12]
@@ -160,7 +160,7 @@ class _GraphRun:
             self._client,
             self._spec,
             payload=self._payload,
-            keys=self._keys,
+            data=self._data,
             run_id=self._run_id,
             # A second attempt must not meet the tasks of the first.
             suffix=f"-{self._failures}" if self._failures else "",
@@ -362,7 +362,7 @@ class _GraphRun:
         return compute(self._spec.metrics, merged)
 
     def _validate(self) -> dict[str, float]:
-        if not self._validation_keys:
+        if self._validation is None:
             return {}
         futures = [
             self._client.submit(
@@ -370,10 +370,10 @@ class _GraphRun:
                 self._payload,
                 self._run_id,
                 self._state,
-                [Future(key, self._client) for key in keys],
+                block,
                 pure=False,
             )
-            for keys in self._validation_keys
+            for block in BlockTasks(self._client, self._validation).all()
         ]
         merged = merge_named(self._client.gather(futures))
         return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import dask
 from distributed import Future
 
 from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.data.batches import batch_dtypes
+from dask_nn.data.stream import Stream
 from dask_nn.training.layout import LeafLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     import torch
     from distributed import Client
 
+    from dask_nn.controller.block_fetch import BlockSource
     from dask_nn.data.plan import Plan
     from dask_nn.training.spec import TrainingSpec
 
@@ -34,8 +39,8 @@ class StepTasks:
         What is trained.
     payload : Future
         The pickled spec on the workers.
-    keys : tuple of tuple
-        For each block the Dask key of each field.
+    data : tuple of tuple, or Stream
+        For each block the Dask key of each field, or how blocks are computed.
     run_id : str
         The run.
     suffix : str
@@ -48,14 +53,14 @@ class StepTasks:
         spec: TrainingSpec,
         *,
         payload: Future[Any],
-        keys: tuple[tuple[Any, ...], ...],
+        data: BlockSource,
         run_id: str,
         suffix: str = "",
     ) -> None:
         self._client = client
         self._spec = spec
         self._payload = payload
-        self._keys = keys
+        self._blocks = BlockTasks(client, data)
         self._run_id = run_id
         self._suffix = suffix
         self._dtypes = batch_dtypes(spec.fields, LeafLayout(spec.model).floating)
@@ -69,7 +74,7 @@ class StepTasks:
         """Submit some steps; give the last state and, per shard, the metrics' partials."""
         if self._windows is None or self._windows.plan is not plan:
             self._windows = _Windows(
-                self._client, plan, self._keys, self._spec.fields, self._dtypes
+                self._client, plan, self._blocks, self._spec.fields, self._dtypes
             )
         windows = self._windows
         current: Any = state
@@ -131,6 +136,36 @@ class StepTasks:
             self._windows.drop_before(t)
 
 
+class BlockTasks:
+    """The values of blocks, as futures that tasks take.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    data : tuple of tuple, or Stream
+        For each block the Dask key of each field, or how blocks are computed.
+    """
+
+    def __init__(self, client: Client, data: BlockSource) -> None:
+        self._client = client
+        self._data = data
+        self._starts = data.starts if isinstance(data, Stream) else []
+
+    def values(self, block: int) -> list[Future[Any]] | Future[Any]:
+        """Give the arrays of a block; a stream's are computed by a task, once for each call."""
+        if not isinstance(self._data, Stream):
+            return [Future(key, self._client) for key in self._data[block]]
+        order = cloudpickle.dumps(self._data.one(block))
+        shared: list[Any] = [Future(key, self._client) for key in self._data.shared]
+        return self._client.submit(tasks.compute_block, order, shared, pure=False)
+
+    def all(self) -> Iterator[list[Future[Any]] | Future[Any]]:
+        """Give every block."""
+        number = len(self._data.recipes) if isinstance(self._data, Stream) else len(self._data)
+        return map(self.values, range(number))
+
+
 class _Windows:
     """The window tasks that some steps of an epoch need, submitted once each."""
 
@@ -138,13 +173,13 @@ class _Windows:
         self,
         client: Client,
         plan: Plan,
-        keys: tuple[tuple[Any, ...], ...],
+        blocks: BlockTasks,
         fields: tuple[Any, ...],
         dtypes: tuple[torch.dtype, ...],
     ) -> None:
         self._client = client
         self.plan = plan
-        self._keys = keys
+        self._blocks = blocks
         self._fields = fields
         self._dtypes = dtypes
         self._futures: dict[tuple[int, int], Future[Any]] = {}
@@ -154,10 +189,7 @@ class _Windows:
         if (shard, j) not in self._futures:
             window = self.plan.windows(shard)[j]
             order: np.ndarray[Any, Any] = self.plan.window_order(shard, j)
-            blocks: list[list[Future[Any]]] = [
-                [Future(key, self._client) for key in self._keys[piece.block]]
-                for piece in window.pieces
-            ]
+            blocks = [self._blocks.values(piece.block) for piece in window.pieces]
             self._futures[shard, j] = self._client.submit(
                 tasks.open_window, window, order, blocks, self._fields, self._dtypes, pure=False
             )

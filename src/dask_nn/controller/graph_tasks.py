@@ -38,6 +38,7 @@ __all__ = [
     "StepShard",
     "add_leaves",
     "canary",
+    "compute_block",
     "end_epoch",
     "first_snapshot",
     "metric_partials",
@@ -89,7 +90,7 @@ class _Bench:
             layout=self.layout,
             randomness=ShardRandomness(self.spec.seed, shared=True),
             transform=self.spec.transform,
-            weighted=self.spec.weighted,
+            grouping=self.spec.grouping,
             device=CPU,
         )
         self.total = self.layout.views(torch.zeros(self.layout.size, dtype=self.layout.dtype))
@@ -139,6 +140,13 @@ def open_window(
     rows = new_rows(window.length, fields, dtypes)
     load_window(numbered, order, reader, rows)
     return rows
+
+
+def compute_block(order: bytes, shared: list[Any]) -> list[Any]:
+    """Compute a block of a stream."""
+    stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
+    values = stream.values | dict(zip(stream.shared, shared, strict=False))
+    return list(stream.compute(0, 0, values))
 
 
 def shard_gradient(

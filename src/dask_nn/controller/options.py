@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from dask_nn.controller.failure_policy import Recovery
+from dask_nn.data.memory import MEMORY
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.pickling import dumps
 from dask_nn.training.strategies import Synchronous
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from dask_nn.callbacks.base import Callback
     from dask_nn.checkpoints.options import Checkpoint
+    from dask_nn.data.memory import Memory
     from dask_nn.data.plan import Shuffle
 
 __all__ = ["Engine", "Options"]
@@ -44,6 +46,9 @@ class Options:
     metrics: Sequence[str | Metric] | Mapping[str, Metric]
     strategy: Synchronous
     engine: Engine
+    memory: Memory = "auto"
+    features: Sequence[str] | None = None
+    batch_dim: str | None = None
     transform: Callable[[torch.Tensor], torch.Tensor] | None
     lr_scheduler: Callable[..., Any] | None
     lr_scheduler_every: str
@@ -64,6 +69,7 @@ class Options:
         if self.window is not None:
             _check_integer("window", self.window, at_least=1)
         _check_choice("engine", self.engine, ENGINES)
+        _check_choice("memory", self.memory, MEMORY)
         _check_choice("device", self.device, DEVICES)
         _check_choice("shuffle", self.shuffle, tuple(SHUFFLES))
         _check_choice("lr_scheduler_every", self.lr_scheduler_every, EVERY)

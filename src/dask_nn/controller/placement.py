@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dask_nn.data.memory import PROCESS_SHARE
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class WorkerFacts:
         Its own Dask threads.
     memory_bytes : int
         Its memory limit; 0 if it has none.
+    used_bytes : int
+        What its process takes already, besides the data that it holds.
     num_gpus : int
         CUDA devices that it sees.
     versions : dict of str to str
@@ -47,8 +50,16 @@ class WorkerFacts:
     cores: int
     threads: int
     memory_bytes: int
-    num_gpus: int
-    versions: dict[str, str]
+    used_bytes: int = 0
+    num_gpus: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What data may take in this worker, before Dask would pause it; None without a limit."""
+        if not self.memory_bytes:
+            return None
+        return max(0, int(self.memory_bytes * PROCESS_SHARE) - self.used_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
+import torch
 
 from dask_nn.controller.cluster import inspect_workers
+from dask_nn.controller.data_sets import DataSets, check_targets, parts_of_validation
 from dask_nn.controller.options import Options, check_sizes
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
-from dask_nn.data.blocks import Blocks, align
 from dask_nn.data.peek import LabelRange, label_range, sample
-from dask_nn.errors import DataError
+from dask_nn.errors import ConfigurationError, DataError
 from dask_nn.metrics.names import infer_task, resolve
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.preflight import check_labels, try_step
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from dask_nn.config import Settings
+    from dask_nn.data.blocks import Blocks
     from dask_nn.metrics.names import Task
 
 __all__ = ["PreparedRun", "prepare"]
@@ -49,6 +49,8 @@ class PreparedRun:
         All workers of the cluster; empty without one.
     seating : Seating or None
         Which workers run ranks; None without a cluster.
+    notes : tuple of (str, dict)
+        What the user should know: events by name.
     """
 
     spec: TrainingSpec
@@ -56,6 +58,7 @@ class PreparedRun:
     validation: Blocks | None
     workers: tuple[WorkerFacts, ...]
     seating: Seating | None
+    notes: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
 def prepare(
@@ -76,29 +79,21 @@ def prepare(
         One of its kinds, for whatever could not work.
     """
     model = options.make_model()
-    weighted = sample_weight is not None
-    objective = Objective(options.loss, weighted=weighted)
-    if validation is not None and not (
-        isinstance(validation, tuple | list) and len(validation) == 2 + weighted
-    ):
-        wanted = "(X, y, sample_weight)" if weighted else "(X, y)"
-        got = f"{len(validation)} values" if hasattr(validation, "__len__") else repr(validation)
-        message = f"validation must be a tuple {wanted}, got a {type(validation).__name__} of {got}"
-        raise DataError(message)
+    Objective(options.loss, weighted=sample_weight is not None)
     if client is not None:
         options.check_pickles(model)
     workers = tuple(inspect_workers(client)) if client is not None else ()
     shards = options.strategy.shards or _default_shards(options, workers)
     _check_known_sizes(X, options, shards)
 
-    names = ("X", "y", "sample_weight") if weighted else ("X", "y")
-    given = (X, y, sample_weight) if weighted else (X, y)
-    put = partial(align, client=client, block_size_bytes=settings.block_size_bytes)
-    blocks = put(dict(zip(names, given, strict=True)))
+    data = DataSets(options, workers, client=client, settings=settings)
+    blocks = data.place(X, y, sample_weight)
+    weighted = any(field.name == "sample_weight" for field in blocks.fields)
+    objective = Objective(options.loss, weighted=weighted)
     check_sizes(blocks.num_samples, batch_size=options.batch_size, shards=shards)
     validation_blocks = None
     if validation is not None:
-        validation_blocks = put(dict(zip(names, validation, strict=True)))
+        validation_blocks = data.place(*parts_of_validation(validation, y, sample_weight))
         _check_same_rows(blocks, validation_blocks)
 
     seating = None
@@ -108,6 +103,7 @@ def prepare(
             workers, shards=shards, threads_per_rank=threads, device=options.device
         )
         threads = seating.threads_per_rank
+    window = data.fit_window(blocks, model, seating, shards)
     spec = TrainingSpec(
         model=model,
         loss=options.loss,
@@ -123,7 +119,7 @@ def prepare(
         epochs=int(options.epochs),
         batch_size=int(options.batch_size),
         shards=shards,
-        window=options.window or settings.window,
+        window=window,
         shuffle=options.plan_shuffle,
         seed=int(options.seed),
         threads_per_rank=threads or _own_threads(),
@@ -132,9 +128,13 @@ def prepare(
         progress_interval_s=settings.progress_interval_s,
         sample=sample(blocks, min(MAX_SAMPLE_ROWS, options.batch_size // shards), client=client),
     )
+    for data_set in (blocks, validation_blocks):
+        if data_set is not None:
+            check_targets(data_set, client)
     labels = _label_range(objective, blocks, client)
     output = try_step(spec, labels)
     num_outputs = _num_outputs(output)
+    _check_metrics(options, spec, output)
     spec = replace(
         spec,
         metrics=resolve(
@@ -157,7 +157,18 @@ def prepare(
         validation=validation_blocks,
         workers=workers,
         seating=seating,
+        notes=tuple(data.notes),
     )
+
+
+def _check_metrics(options: Options, spec: TrainingSpec, output: Any) -> None:
+    """Refuse metrics for modules that have several outputs or targets."""
+    if options.metrics and not (isinstance(output, torch.Tensor) and spec.grouping.single_target):
+        message = (
+            "metrics compare one tensor of outputs with one of targets, but this run has several "
+            "of one of them; leave metrics out and let the loss combine them"
+        )
+        raise ConfigurationError(message)
 
 
 def _default_shards(options: Options, workers: tuple[WorkerFacts, ...]) -> int:
@@ -177,12 +188,13 @@ def _task(
     output: Any, num_outputs: int | None, blocks: Blocks, objective: Objective
 ) -> Task | None:
     """Tell the kind of classification that named metrics are computed for."""
-    if num_outputs is None:
+    place = _target_place(blocks)
+    if num_outputs is None or place is None:
         return None
     return infer_task(
         num_outputs,
         output_ndim=output.dim(),
-        target_ndim=1 + len(blocks.fields[1].shape),
+        target_ndim=1 + len(blocks.fields[place].shape),
         over_classes=objective.ignore_index is not None,
     )
 
@@ -190,21 +202,30 @@ def _task(
 def _label_range(objective: Objective, blocks: Blocks, client: Client | None) -> LabelRange | None:
     """Find the range of class labels where they lie; None if y holds no class labels."""
     ignore = objective.ignore_index
-    if ignore is None or blocks.fields[1].dtype.kind not in "iu":
+    place = _target_place(blocks)
+    if ignore is None or place is None or blocks.fields[place].dtype.kind not in "iu":
         return None
-    return label_range(blocks, ignore=ignore, client=client)
+    return label_range(blocks, ignore=ignore, place=place, client=client)
+
+
+def _target_place(blocks: Blocks) -> int | None:
+    """Find the field that is y; None where y is a dictionary."""
+    names = [field.name for field in blocks.fields]
+    return names.index("y") if "y" in names else None
 
 
 def _check_known_sizes(features: Any, options: Options, shards: int) -> None:
     """Refuse too little data before any of it is computed, where its length is known."""
     shape = getattr(features, "shape", None)
-    if isinstance(features, da.Array) and np.isnan(features.shape[0] if features.ndim else 0):
-        return
-    if shape:
+    if isinstance(shape, tuple) and shape and isinstance(shape[0], int | np.integer):
         check_sizes(int(shape[0]), batch_size=options.batch_size, shards=shards)
 
 
 def _check_same_rows(blocks: Blocks, validation: Blocks) -> None:
+    names = [[field.name for field in found.fields] for found in (blocks, validation)]
+    if names[0] != names[1]:
+        message = f"training data has {', '.join(names[0])}, but validation data {names[1]}"
+        raise DataError(message)
     for field, other in zip(blocks.fields, validation.fields, strict=True):
         if field.shape != other.shape:
             message = (
@@ -222,6 +243,4 @@ def _num_outputs(output: Any) -> int | None:
 
 
 def _own_threads() -> int:
-    import torch
-
     return torch.get_num_threads()

@@ -99,11 +99,17 @@ def execute(
         threads_per_rank=spec.threads_per_rank,
         collective=collective,
         num_samples=prepared.blocks.num_samples,
+        num_blocks=len(prepared.blocks.lengths),
+        size_bytes=prepared.blocks.size_bytes,
+        streamed=prepared.blocks.stream is not None,
+        window=spec.window,
         num_steps=spec.plan(0).num_steps,
         epochs=spec.epochs,
         batch_size=spec.batch_size,
     )
     story = _Story(info, callbacks, called_s)
+    for name, details in prepared.notes:
+        story.on_named_event(name, details)
     configuration = describe_run(spec, saved=checkpoint is not None)
     if checkpoint is not None:
         check_best(checkpoint, spec, validated=prepared.validation is not None)
@@ -132,8 +138,8 @@ def execute(
     else:
         payload = RankPayload(
             spec=spec,
-            keys=prepared.blocks.keys or (),
-            validation_keys=(() if prepared.validation is None else prepared.validation.keys or ()),
+            data=prepared.blocks.source,
+            validation=None if prepared.validation is None else prepared.validation.source,
             settings=settings,
             start=start,
             checkpoint=checkpoint,

@@ -22,7 +22,7 @@ from distributed.utils import sync
 
 from dask_nn import faults
 from dask_nn.controller import keeping
-from dask_nn.controller.block_fetch import make_reader
+from dask_nn.controller.block_fetch import make_reader, room_bytes, used_bytes
 from dask_nn.controller.meeting import WorkerRendezvous, open_meeting_point
 from dask_nn.controller.placement import WorkerFacts
 from dask_nn.controller.quiet import quiet_worker
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.collectives.base import Communicator
     from dask_nn.config import Settings
+    from dask_nn.controller.block_fetch import BlockSource
+    from dask_nn.data.reader import BlockReader
     from dask_nn.events import Progress
     from dask_nn.training.outcome import RankOutcome
     from dask_nn.training.snapshot import Keepsake, Snapshot
@@ -94,8 +96,8 @@ class RankPayload:
     ----------
     spec : TrainingSpec
         What is trained.
-    keys, validation_keys : tuple of tuple
-        For each block the Dask key of each field.
+    data, validation : tuple of tuple, or Stream, or None
+        For each block the Dask key of each field, or how blocks are computed.
     settings : Settings
         In force.
     start : Snapshot, optional
@@ -107,8 +109,8 @@ class RankPayload:
     """
 
     spec: TrainingSpec
-    keys: tuple[tuple[Any, ...], ...]
-    validation_keys: tuple[tuple[Any, ...], ...]
+    data: BlockSource
+    validation: BlockSource | None
     settings: Settings
     start: Snapshot | None = None
     checkpoint: Checkpoint | None = None
@@ -176,6 +178,7 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
             cores=cpu_count(),
             threads=dask_worker.state.nthreads,
             memory_bytes=int(limit or 0),
+            used_bytes=used_bytes(dask_worker),
             num_gpus=num_gpus,
             versions=versions,
         )
@@ -298,8 +301,8 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     def keep(keepsake: Keepsake) -> None:
         keeping.keep(worker.address, seat.run_id, seat.generation, keepsake)
 
-    def read(keys: tuple[tuple[Any, ...], ...], size_bytes: int, uses: float) -> Any:
-        return make_reader(worker, keys, size_bytes=size_bytes, uses=uses, abort=handle.abort)
+    def read(data: BlockSource, size_bytes: int, uses: float) -> BlockReader:
+        return make_reader(worker, data, size_bytes=size_bytes, uses=uses, abort=handle.abort)
 
     comm = _communicator(worker, seat, content.settings, handle.abort)
     sync(worker.loop, _say_farewell, worker)
@@ -313,11 +316,12 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                 spec,
                 RankEnvironment(
                     comm=comm,
-                    reader=read(content.keys, spec.size_bytes, spec.epochs / seat.world_size),
+                    reader=read(content.data, spec.size_bytes, spec.epochs / seat.world_size),
                     # A rank validates on the same blocks after every epoch.
                     validation_reader=(
-                        read(content.validation_keys, 0, 0) if content.validation_keys else None
+                        None if content.validation is None else read(content.validation, 0, 0)
                     ),
+                    room_bytes=room_bytes(worker),
                     address=worker.address,
                     shared_process=seat.shared_process,
                     stop_event=handle.stop,

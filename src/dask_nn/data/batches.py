@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 
 from dask_nn.data.prefetch import Prefetcher
 from dask_nn.errors import DataError
+from dask_nn.grouping import group_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,14 @@ if TYPE_CHECKING:
     from dask_nn.data.plan import Piece, Plan, Window
     from dask_nn.data.reader import BlockReader
 
-__all__ = ["Batch", "ShardBatches", "batch_dtypes", "load_window", "new_rows"]
+__all__ = [
+    "Batch",
+    "ShardBatches",
+    "batch_dtypes",
+    "batched_bytes",
+    "load_window",
+    "new_rows",
+]
 
 type Batch = tuple[torch.Tensor, ...]
 
@@ -50,11 +59,22 @@ def batch_dtypes(fields: Sequence[Field], floating: torch.dtype) -> tuple[torch.
         stored = torch.from_numpy(np.empty(0, field.dtype.newbyteorder("="))).dtype
         if stored.is_floating_point or field.name == "sample_weight":
             found.append(floating)
-        elif field.name == "y" and field.dtype.kind in "iu":
+        elif group_of(field.name) == "y" and field.dtype.kind in "iu":
             found.append(torch.int64)
         else:
             found.append(stored)
     return tuple(found)
+
+
+def batched_bytes(
+    fields: Sequence[Field], lengths: Sequence[int], floating: torch.dtype
+) -> list[int]:
+    """Give the size of every block's rows as they are batched, the largest first."""
+    row_bytes = sum(
+        math.prod(field.shape) * dtype.itemsize
+        for field, dtype in zip(fields, batch_dtypes(fields, floating), strict=True)
+    )
+    return [length * row_bytes for length in sorted(lengths, reverse=True)]
 
 
 def new_rows(
@@ -96,9 +116,9 @@ def load_window(
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     start = 0
-    for piece in window.pieces:
+    blocks = reader.read_many([piece.block for piece in window.pieces])
+    for piece, block in zip(window.pieces, blocks, strict=True):
         stop = start + piece.stop - piece.start
-        block = reader.read(piece.block)
         for tensor, array in zip(rows, block, strict=True):
             _put(tensor, place[start:stop], array[piece.start : piece.stop], piece)
         start = stop
@@ -140,6 +160,9 @@ class ShardBatches:
         Types of the batches' tensors.
     check : callable, optional
         Called while waiting for data; may raise to end the wait.
+    windows : int
+        Windows that a shard has in memory: 2, the one in use and the next; with 1 the next is
+        loaded when the one in use is used up.
     """
 
     def __init__(
@@ -153,6 +176,7 @@ class ShardBatches:
         fields: Sequence[Field],
         dtypes: Sequence[torch.dtype],
         check: Callable[[], None] | None = None,
+        windows: int = 2,
     ) -> None:
         self._plan_of = plan_of
         self._epochs = epochs
@@ -165,7 +189,7 @@ class ShardBatches:
         self._open: dict[int, LoadedWindow] = {}
         # Buffers are used again: new memory costs a page fault for each of its pages.
         self._free: list[tuple[torch.Tensor, ...]] = []
-        self._prefetcher = Prefetcher(self._loads(), lanes=shards)
+        self._prefetcher = Prefetcher(self._loads(), lanes=shards, alive=windows)
 
     def start(self) -> None:
         """Begin to load the first windows."""
@@ -186,6 +210,9 @@ class ShardBatches:
             if window is None or window.position == window.length:
                 if window is not None:
                     self._free.append(window.rows)
+                    self._open.pop(shard)
+                    window = None
+                    self._prefetcher.release(shard)
                 window = self._open[shard] = self._prefetcher.take(shard, check=self._check)
             taken = min(count, window.length - window.position)
             parts.append(_take(window, taken))

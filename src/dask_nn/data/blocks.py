@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-import dask
 import dask.array as da
 import numpy as np
-from dask.core import flatten
-from distributed import wait
 from distributed.client import futures_of
 
-from dask_nn.data.sending import send, send_lost
+from dask_nn.data.memory import Memory, Room, fits
+from dask_nn.data.resident import (
+    Sent,
+    one_chunk_per_row_block,
+    persist,
+    place,
+    resolve_lengths,
+)
+from dask_nn.data.sending import send_lost
+from dask_nn.data.streaming import is_persisted, measure, stream_blocks
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from distributed import Client
+
+    from dask_nn.data.stream import Stream
 
 __all__ = ["Blocks", "Field", "align"]
 
@@ -36,7 +39,7 @@ class Field:
     Parameters
     ----------
     name : str
-        ``"X"``, ``"y"`` or ``"sample_weight"``.
+        ``"X"``, ``"y"`` or ``"sample_weight"``; ``"X.image"`` for a member of a dictionary.
     shape : tuple of int
         Shape of one row.
     dtype : numpy.dtype
@@ -67,6 +70,8 @@ class Blocks:
         For each block the Dask key of each field, for data held by a cluster.
     arrays : tuple of tuple of numpy.ndarray, optional
         For each block the array of each field, for data held by this process.
+    stream : Stream, optional
+        How blocks are computed when they are needed, for data that is not held at all.
     futures : tuple
         What keeps the keys alive; stays with the client.
     originals : dict
@@ -78,8 +83,14 @@ class Blocks:
     fields: tuple[Field, ...]
     keys: tuple[tuple[Any, ...], ...] | None = None
     arrays: tuple[tuple[np.ndarray[Any, Any], ...], ...] | None = None
+    stream: Stream | None = None
     futures: tuple[Any, ...] = ()
     originals: dict[Any, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Any:
+        """What ranks need to find or make the blocks: keys, or a stream."""
+        return self.stream if self.stream is not None else self.keys or ()
 
     def restore(self, client: Client) -> int:
         """Send blocks that lay on lost workers alone once more; return their number."""
@@ -96,13 +107,20 @@ class Blocks:
         return self.num_samples * sum(field.row_bytes for field in self.fields)
 
 
-def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: int) -> Blocks:
+def align(
+    inputs: dict[str, Any],
+    *,
+    client: Client | None,
+    block_size_bytes: int,
+    memory: Memory = "resident",
+    room: Room | None = None,
+) -> Blocks:
     """Cut all inputs at the same rows and put them where ranks can read them.
 
     Dask arrays keep their row chunks (the first one given decides, the others are rechunked to
-    it) and are persisted together unless they already are; other axes become one chunk. Arrays in
-    this process are cut into blocks and, with a client, scattered over the workers. Returns once
-    every block is there.
+    it); other axes become one chunk. Resident ones are persisted together unless they already
+    are, and streamed ones are turned into recipes. Arrays in this process are cut into blocks
+    and, with a client, scattered over the workers. Returns once every resident block is there.
 
     Parameters
     ----------
@@ -112,6 +130,10 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
         The cluster that holds the blocks; this process if None.
     block_size_bytes : int
         Target size of the blocks of X where no Dask array says how to cut.
+    memory : {"auto", "resident", "stream"}
+        Whether Dask arrays are held in memory; "auto" holds what fits.
+    room : Room, optional
+        The memory there is, in bytes; needed by "auto" and to cut blocks that are too large.
 
     Raises
     ------
@@ -123,23 +145,17 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
     for name, array in arrays.items():
         _check_array(name, array)
     _check_lengths(arrays)
-    persisted = _persist(
-        {
-            name: _one_chunk_per_row_block(array)
-            for name, array in arrays.items()
-            if isinstance(array, da.Array)
-        },
-        client,
-    )
-    arrays |= {name: _resolve_lengths(name, array, client) for name, array in persisted.items()}
-    num_samples = _check_lengths(arrays)
-    if not num_samples:
-        message = f"there is nothing to train on: {', '.join(arrays)} have 0 rows"
-        raise DataError(message)
-    fields = tuple(
-        Field(name=name, shape=tuple(map(int, array.shape[1:])), dtype=np.dtype(array.dtype))
+    lazy = {
+        name: one_chunk_per_row_block(array)
         for name, array in arrays.items()
-    )
+        if isinstance(array, da.Array)
+    }
+    if _streams(lazy, client, memory, room):
+        return _streamed(arrays | lazy, client, room)
+    persisted = persist(lazy, client)
+    arrays |= {name: resolve_lengths(name, array, client) for name, array in persisted.items()}
+    num_samples = _check_some(arrays)
+    fields = _fields(arrays)
     reference = next(iter(persisted), None)
     lengths = (
         _default_lengths(num_samples, fields[0].row_bytes, block_size_bytes)
@@ -148,7 +164,7 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
     )
     columns, futures = [], []
     for name, array in arrays.items():
-        column, kept = _place(name, array, lengths, client)
+        column, kept = place(name, array, lengths, client)
         columns.append(column)
         futures.append(kept)
     rows = tuple(zip(*columns, strict=True))
@@ -156,11 +172,75 @@ def align(inputs: dict[str, Any], *, client: Client | None, block_size_bytes: in
         return Blocks(lengths=lengths, fields=fields, arrays=rows)
     originals: dict[Any, Any] = {}
     for kept in futures:
-        if isinstance(kept, _Sent):
+        if isinstance(kept, Sent):
             originals |= kept.pieces
     return Blocks(
         lengths=lengths, fields=fields, keys=rows, futures=tuple(futures), originals=originals
     )
+
+
+def _streams(
+    lazy: dict[str, da.Array], client: Client | None, memory: Memory, room: Room | None
+) -> bool:
+    """Decide whether Dask arrays are computed anew in every epoch."""
+    if memory == "resident":
+        return False
+    if not lazy:
+        if memory == "stream":
+            message = (
+                "memory='stream' needs a collection that workers can read themselves (a Dask "
+                "array or table, Delayed, a torch dataset, a URL); these inputs lie in this process"
+            )
+            raise DataError(message)
+        return False
+    rests = any(futures_of(array) for array in lazy.values())
+    if memory == "stream":
+        if rests:
+            message = (
+                "memory='stream' makes every block anew, but these inputs rest on persisted data; "
+                "pass the collection as it was before persist(), or use memory='resident'"
+            )
+            raise DataError(message)
+        return True
+    if rests or all(is_persisted(array, client) for array in lazy.values()):
+        return False
+    return room is not None and not fits(measure(list(lazy.values()), client), room)
+
+
+def _streamed(arrays: dict[str, Any], client: Client | None, room: Room | None) -> Blocks:
+    stream, futures = stream_blocks(
+        arrays, client=client, block_limit_bytes=None if room is None else room.block_bytes
+    )
+    num_samples = sum(stream.lengths)
+    known = {name: array.shape[0] for name, array in arrays.items()}
+    wrong = {
+        n: int(rows) for n, rows in known.items() if not np.isnan(rows) and rows != num_samples
+    }
+    if wrong:
+        listed = ", ".join(f"{name} has {rows}" for name, rows in wrong.items())
+        message = f"all inputs must have the same number of rows, but {listed} of {num_samples}"
+        raise DataError(message)
+    if not num_samples:
+        message = f"there is nothing to train on: {', '.join(arrays)} have 0 rows"
+        raise DataError(message)
+    return Blocks(
+        lengths=stream.lengths, fields=_fields(arrays), stream=stream, futures=tuple(futures)
+    )
+
+
+def _fields(arrays: dict[str, Any]) -> tuple[Field, ...]:
+    return tuple(
+        Field(name=name, shape=tuple(map(int, array.shape[1:])), dtype=np.dtype(array.dtype))
+        for name, array in arrays.items()
+    )
+
+
+def _check_some(arrays: dict[str, Any]) -> int:
+    num_samples = _check_lengths(arrays)
+    if not num_samples:
+        message = f"there is nothing to train on: {', '.join(arrays)} have 0 rows"
+        raise DataError(message)
+    return num_samples
 
 
 def _as_array(name: str, value: Any) -> Any:
@@ -205,90 +285,7 @@ def _check_lengths(arrays: dict[str, Any]) -> int:
     return next(iter(known.values())) if len(known) == len(lengths) else -1
 
 
-def _one_chunk_per_row_block(array: da.Array) -> da.Array:
-    cut = {axis: -1 for axis, chunks in enumerate(array.chunks) if axis and len(chunks) > 1}
-    if not cut:
-        return array
-    try:
-        rechunked: da.Array = array.rechunk(cut)
-    except ValueError as error:
-        message = f"chunks along axes {sorted(cut)} cannot be joined: {error}"
-        raise DataError(message) from error
-    return rechunked
-
-
-def _persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.Array]:
-    """Compute the blocks of some arrays, in one graph: what they have in common is done once."""
-    values = list(arrays.values())
-    if not values:
-        return {}
-    if client is not None:
-        kept = dict(zip(arrays, client.persist(values), strict=True))
-        with client.as_current():  # where wait looks for its client
-            _wait(kept)
-        return kept
-    try:
-        return dict(zip(arrays, dask.persist(*values), strict=True))
-    except Exception as error:
-        message = f"{', '.join(arrays)} could not be computed: {error!r}"
-        raise DataError(message) from error
-
-
-def _wait(arrays: dict[str, da.Array]) -> None:
-    """Wait until every block lies on a worker: ranks look for blocks, they cannot compute them."""
-    futures = {name: futures_of(array) for name, array in arrays.items()}
-    wait([future for column in futures.values() for future in column])
-    for name, column in futures.items():
-        for future in column:
-            if future.status != "finished":
-                error = future.exception() if future.status == "error" else None
-                message = f"{name} could not be computed: {error or future.status!r}"
-                raise DataError(message) from error
-
-
-def _resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:
-    if any(np.isnan(length) for chunks in array.chunks for length in chunks):
-        try:
-            with contextlib.nullcontext() if client is None else client.as_current():
-                array.compute_chunk_sizes()
-        except Exception as error:
-            message = (
-                f"the chunk sizes of {name} are unknown and could not be computed: {error!r}; "
-                "call compute_chunk_sizes() on it to see where"
-            )
-            raise DataError(message) from error
-    return array
-
-
 def _default_lengths(num_samples: int, row_bytes: int, block_size_bytes: int) -> tuple[int, ...]:
     rows = max(1, block_size_bytes // max(1, row_bytes))
     full, rest = divmod(num_samples, rows)
     return (rows,) * full + ((rest,) if rest else ())
-
-
-def _place(
-    name: str, array: Any, lengths: Sequence[int], client: Client | None
-) -> tuple[list[Any], Any]:
-    """Give the key or array of each block of one field, and what keeps the keys alive."""
-    if isinstance(array, da.Array):
-        if tuple(array.chunks[0]) != tuple(lengths):
-            array = _persist({name: array.rechunk({0: tuple(lengths)})}, client)[name]
-        if client is not None:
-            return list(flatten(array.__dask_keys__())), array
-        return [np.asarray(block.compute()) for block in array.blocks.ravel()], None
-    bounds = pairwise(accumulate(lengths, initial=0))
-    pieces = [array[start:stop] for start, stop in bounds]
-    if client is None:
-        return pieces, None
-    # Keys of our own: a lost piece is sent again under the same one.
-    token = uuid.uuid4().hex
-    named = {f"dask-nn-{name}-{token}-{number}": piece for number, piece in enumerate(pieces)}
-    return list(named), _Sent(named, send(client, named))
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """Arrays sent to the cluster, and the futures that keep them there."""
-
-    pieces: dict[Any, np.ndarray[Any, Any]]
-    futures: Any

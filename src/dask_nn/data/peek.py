@@ -1,21 +1,27 @@
-"""A look at the data before any work starts: some rows, and the range of the labels."""
+"""A look at the data before any work starts: some rows, and the values of the targets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import numpy as np
 from distributed import Future
 
-from dask_nn.errors import DataError
+from dask_nn.data.sending import gather
+from dask_nn.data.stream import Stream, Surveyor
+from dask_nn.errors import ClusterError, DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distributed import Client
 
     from dask_nn.data.blocks import Blocks
 
-__all__ = ["LabelRange", "label_range", "sample"]
+__all__ = ["LabelRange", "check_finite", "label_range", "sample"]
 
 type Array = np.ndarray[Any, Any]
 
@@ -47,14 +53,16 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
     Raises
     ------
     DataError
-        If blocks are not what their arrays said.
+        If blocks are not what their arrays said, or cannot be computed.
     """
     takes = []
     for number, length in enumerate(blocks.lengths):
         if length and rows:
             takes.append((number, min(length, rows)))
             rows -= takes[-1][1]
-    if blocks.arrays is not None:
+    if blocks.stream is not None:
+        heads = _heads_of_stream(blocks, takes, client)
+    elif blocks.arrays is not None:
         heads = [[_head(array, take) for array in blocks.arrays[n]] for n, take in takes]
     elif client is None or blocks.keys is None:
         message = "blocks with keys need a client"
@@ -81,29 +89,21 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
     return tuple(columns)
 
 
-def label_range(blocks: Blocks, *, ignore: int, client: Client | None) -> LabelRange:
-    """Find the range of integer labels ``y``, where they lie.
+def label_range(blocks: Blocks, *, ignore: int, place: int, client: Client | None) -> LabelRange:
+    """Find the range of integer labels, where they lie.
 
     Parameters
     ----------
     blocks : Blocks
-        The data set; its second field holds the labels.
+        The data set.
     ignore : int
         A label that stands for none.
+    place : int
+        Which field holds the labels.
     client : Client or None
         Where the blocks are; this process if None.
     """
-    if blocks.arrays is not None:
-        parts = [_range(arrays[1], ignore) for arrays in blocks.arrays]
-    elif client is None or blocks.keys is None:
-        message = "blocks with keys need a client"
-        raise ValueError(message)
-    else:
-        parts = client.gather(
-            client.map(
-                _range, [Future(keys[1], client) for keys in blocks.keys], ignore=ignore, pure=False
-            )
-        )
+    parts = _on_blocks(partial(_range, ignore=ignore), blocks, place, client)
     seen = [part for part in parts if part.low <= part.high]
     return LabelRange(
         low=min((part.low for part in seen), default=0),
@@ -112,11 +112,112 @@ def label_range(blocks: Blocks, *, ignore: int, client: Client | None) -> LabelR
     )
 
 
+def check_finite(blocks: Blocks, *, place: int, client: Client | None) -> None:
+    """Check that a floating field has neither missing nor infinite values.
+
+    Raises
+    ------
+    DataError
+        If it has; names the field and the first such row.
+    """
+    parts = _on_blocks(_not_finite, blocks, place, client)
+    start = 0
+    for length, (count, first) in zip(blocks.lengths, parts, strict=False):
+        if count:
+            total = sum(number for number, _ in parts)
+            name = blocks.fields[place].name
+            message = (
+                f"{name} has {total} values that are missing (NaN) or infinite, the first in row "
+                f"{start + first}; drop or fill those rows"
+            )
+            raise DataError(message)
+        start += length
+
+
+def _on_blocks(
+    function: Callable[[Array], Any], blocks: Blocks, place: int, client: Client | None
+) -> list[Any]:
+    """Apply a function to one field of every block, where it lies."""
+    if blocks.stream is not None:
+        stream = blocks.stream
+        if place in stream.kept:
+            starts = stream.starts
+            column = stream.kept[place]
+            return [
+                function(column[start : start + length])
+                for start, length in zip(starts, stream.lengths, strict=False)
+            ]
+        recipes = [recipe.only([stream.places.index(place)]) for recipe in stream.recipes]
+        surveyor = Surveyor.of(stream, blocks.futures, client)
+        return surveyor.look(partial(_first, function), recipes, blocks.fields[place].name)
+    if blocks.arrays is not None:
+        return [function(arrays[place]) for arrays in blocks.arrays]
+    if client is None or blocks.keys is None:
+        message = "blocks with keys need a client"
+        raise ValueError(message)
+    futures: list[Any] = [Future(keys[place], client) for keys in blocks.keys]
+    return gather(client, client.map(function, futures, pure=False))
+
+
+def _heads_of_stream(
+    blocks: Blocks, takes: list[tuple[int, int]], client: Client | None
+) -> list[list[Array]]:
+    """Compute the first blocks, on the cluster if there is one."""
+    stream = blocks.stream
+    assert stream is not None  # noqa: S101 - for the type checker
+    numbers = [number for number, _ in takes]
+    starts = stream.starts
+    few = replace(
+        stream,
+        recipes=tuple(stream.recipes[number] for number in numbers),
+        lengths=tuple(stream.lengths[number] for number in numbers),
+        kept={
+            place: np.concatenate(
+                [column[starts[n] : starts[n] + stream.lengths[n]] for n in numbers]
+            )
+            for place, column in stream.kept.items()
+        },
+    )
+    order = cloudpickle.dumps((few, [take for _, take in takes]))
+    try:
+        if client is None:
+            return _heads(order, [])
+        task = client.submit(_heads, order, list(blocks.futures), pure=False)
+        heads: list[list[Array]] = gather(client, [task])[0]
+    except ClusterError:
+        raise
+    except Exception as error:
+        message = f"the first block could not be computed: {type(error).__name__}: {error}"
+        raise DataError(message) from error
+    return heads
+
+
+def _heads(order: bytes, shared: list[Any]) -> list[list[Array]]:
+    few: Stream
+    few, takes = cloudpickle.loads(order)
+    values = few.values | dict(zip(few.shared, shared, strict=False))
+    return [
+        [_head(array, take) for array in few.compute(number, few.starts[number], values)]
+        for number, take in enumerate(takes)
+    ]
+
+
 def _head(array: Array, rows: int) -> Array:
     return np.array(array[:rows], dtype=array.dtype.newbyteorder("="))
 
 
-def _range(labels: Array, ignore: int) -> LabelRange:
+def _first(function: Callable[[Array], Any], columns: tuple[Array, ...]) -> Any:
+    return function(columns[0])
+
+
+def _not_finite(values: Array) -> tuple[int, int]:
+    """Count values that are not finite, and find the first row with one."""
+    values = np.asarray(values)
+    bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    return int(bad.sum()), int(bad.argmax()) if len(bad) else 0
+
+
+def _range(labels: Array, *, ignore: int) -> LabelRange:
     labels = np.asarray(labels)
     kept = labels[labels != ignore]
     return LabelRange(

@@ -1,8 +1,7 @@
-"""Loading windows in the background, one ahead of each shard."""
+"""Loading windows in the background, ahead of each shard."""
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from typing import TYPE_CHECKING
@@ -18,9 +17,10 @@ POLL_S = 0.1
 class Prefetcher[T]:
     """Run loads in one thread, in the order in which they are needed.
 
-    Each lane (a shard) holds at most ``ahead`` finished loads; the thread waits when a lane is
-    full. Because loads are ordered by the step that needs them, a consumer that takes from its
-    lanes in step order never waits for a load that waits for the consumer.
+    Each lane (a shard) has at most ``alive`` loads at a time, from the moment one begins until
+    the consumer releases it; the thread waits before it begins another. Because loads are ordered
+    by the step that needs them, a consumer that takes from its lanes in step order, and releases
+    before it takes, never waits for a load that waits for the consumer.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class Prefetcher[T]:
         In the order of need; drawn lazily, in the thread.
     lanes : iterable of int
         The lanes that occur.
-    ahead : int
-        Finished loads that one lane may hold.
+    alive : int
+        Loads that one lane may have: begun, finished or in use.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class Prefetcher[T]:
         loads: Iterable[tuple[int, Callable[[], T]]],
         *,
         lanes: Iterable[int],
-        ahead: int = 1,
+        alive: int = 2,
     ) -> None:
         self._loads = loads
-        self._lanes: dict[int, queue.Queue[T]] = {lane: queue.Queue(ahead) for lane in lanes}
+        self._lanes: dict[int, queue.SimpleQueue[T]] = {lane: queue.SimpleQueue() for lane in lanes}
+        self._permits = {lane: threading.Semaphore(alive) for lane in self._lanes}
         # Beside the lanes: a full one would keep the error from a consumer that waits at another.
         self._error: BaseException | None = None
         self._stopped = threading.Event()
@@ -76,13 +77,13 @@ class Prefetcher[T]:
                 if check is not None:
                     check()
 
+    def release(self, lane: int) -> None:
+        """Say that a load that was taken is used up."""
+        self._permits[lane].release()
+
     def close(self) -> None:
         """Stop loading and wait for the thread to end."""
         self._stopped.set()
-        for lane in self._lanes.values():
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    lane.get_nowait()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -90,16 +91,15 @@ class Prefetcher[T]:
         loads = iter(self._loads)
         try:
             for lane, load in loads:
-                if self._stopped.is_set():
+                if not self._may_begin(lane):
                     return
-                if not self._put(lane, load()):
-                    return
+                self._lanes[lane].put(load())
         except BaseException as error:
             self._error = error
 
-    def _put(self, lane: int, item: T) -> bool:
+    def _may_begin(self, lane: int) -> bool:
+        """Wait until a lane has room; return False once loading is to end."""
         while not self._stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                self._lanes[lane].put(item, timeout=POLL_S)
-                return True
+            if self._permits[lane].acquire(timeout=POLL_S):
+                return not self._stopped.is_set()
         return False

@@ -1,18 +1,29 @@
-"""Reading blocks from memory: of this process, of this worker, or of a peer."""
+"""Reading blocks: from memory of this process, this worker or a peer, or by computing them."""
 
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from dask_nn.errors import DataError
 
-__all__ = ["Block", "BlockReader", "ClusterReader", "MemoryReader"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
+
+    from dask_nn.data.stream import Stream
+
+__all__ = ["Block", "BlockReader", "ClusterReader", "MemoryReader", "StreamReader"]
+
+# A store that fails is asked again after these pauses.
+RETRY_PAUSES_S = (0.2, 1.0, 3.0)
 
 type Block = tuple[np.ndarray[Any, Any], ...]
 
@@ -23,6 +34,11 @@ class BlockReader(ABC):
     @abstractmethod
     def read(self, block: int) -> Block:
         """Give one array for each field, shape (rows of the block, ...)."""
+
+    def read_many(self, blocks: Sequence[int]) -> Iterator[Block]:
+        """Give blocks in order, each to be used before the next is asked for."""
+        for block in blocks:
+            yield self.read(block)
 
 
 class MemoryReader(BlockReader):
@@ -119,3 +135,91 @@ class ClusterReader(BlockReader):
         while self._cached_bytes > self._cache_bytes:
             _, dropped = self._cached.popitem(last=False)
             self._cached_bytes -= dropped.nbytes
+
+
+class StreamReader(BlockReader):
+    """Blocks that are computed here when they are read, and not kept.
+
+    Parameters
+    ----------
+    stream : Stream
+        How.
+    fetch_shared : callable
+        From the keys of what many blocks need to the values; called once, at the first read.
+    place : str
+        Where this is, for errors.
+    threads : int
+        Blocks that may be computed at the same time.
+    check : callable, optional
+        Called before a failed read is tried again; may raise to end it.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        fetch_shared: Callable[[list[Any]], list[Any]],
+        place: str = "",
+        threads: int = 1,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self._stream = stream
+        self._fetch_shared = fetch_shared
+        self._place = place
+        self._threads = threads
+        self._check = check
+        self._starts = stream.starts
+        self._shared: dict[Any, Any] | None = None
+
+    def read(self, block: int) -> Block:
+        """Compute the arrays of a block; what looks like a moment's trouble is tried again."""
+        shared = self._shared_values()
+        for pause_s in (*RETRY_PAUSES_S, None):
+            try:
+                return self._stream.compute(block, self._starts[block], shared)
+            except OSError as error:  # a file system or a store that fails for a moment
+                if pause_s is None:
+                    raise self._failed(block, error, len(RETRY_PAUSES_S) + 1) from error
+                time.sleep(pause_s)
+                if self._check is not None:
+                    self._check()
+            except Exception as error:
+                raise self._failed(block, error, 1) from error
+        raise AssertionError(block)  # pragma: no cover
+
+    def read_many(self, blocks: Sequence[int]) -> Iterator[Block]:
+        """Compute blocks one after the other, some ahead of the one that is given."""
+        if self._threads == 1 or len(blocks) < 2:
+            yield from super().read_many(blocks)
+            return
+        self._shared_values()
+        with ThreadPoolExecutor(self._threads, "dask-nn-read") as pool:
+            waiting: deque[Future[Block]] = deque()
+            left = iter(blocks)
+            try:
+                for block in islice(left, self._threads):
+                    waiting.append(pool.submit(self.read, block))
+                while waiting:
+                    found = waiting.popleft().result()
+                    for block in islice(left, 1):
+                        waiting.append(pool.submit(self.read, block))
+                    yield found
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _shared_values(self) -> dict[Any, Any]:
+        if self._shared is None:
+            keys = list(self._stream.shared)
+            self._shared = dict(self._stream.values)
+            missing = [key for key in keys if key not in self._shared]
+            if missing:
+                self._shared |= dict(zip(missing, self._fetch_shared(missing), strict=True))
+        return self._shared
+
+    def _failed(self, block: int, error: Exception, attempts: int) -> DataError:
+        where = f" on {self._place}" if self._place else ""
+        often = f" after {attempts} attempts" if attempts > 1 else ""
+        return DataError(
+            f"block {block} could not be computed{where}{often}: {type(error).__name__}: {error}"
+        )

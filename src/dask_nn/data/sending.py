@@ -6,19 +6,21 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dask.utils import format_bytes
+from distributed import wait
 
 from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
-    from distributed import Client
+    from distributed import Client, Future
 
-__all__ = ["send", "send_lost"]
+__all__ = ["gather", "send", "send_lost", "wait_while_able"]
 
 PATIENCE_S = 10.0
 PAUSE_S = 0.2
+LOOK_S = 1.0
 
 
 def send(client: Client, data: Any, **options: Any) -> Any:
@@ -53,13 +55,59 @@ def send(client: Client, data: Any, **options: Any) -> Any:
             time.sleep(PAUSE_S)
 
 
+def gather(client: Client, futures: Sequence[Future[Any]]) -> list[Any]:
+    """Wait for tasks and give what they return.
+
+    Raises
+    ------
+    ClusterError
+        If no worker takes work for ten seconds: all are paused for want of memory, or gone.
+    Exception
+        What a task raised.
+    """
+    wait_while_able(client, futures)
+    found: list[Any] = client.gather(list(futures))
+    return found
+
+
+def wait_while_able(client: Client, futures: Sequence[Future[Any]]) -> None:
+    """Wait until tasks have ended, well or not, as long as there are workers that take work.
+
+    Raises
+    ------
+    ClusterError
+        If no worker takes work for ten seconds.
+    """
+    idle_since: float | None = None
+    with client.as_current():
+        while not _have_ended(futures, LOOK_S):
+            able = any(
+                worker["status"] == "running"
+                for worker in client.scheduler_info(n_workers=-1)["workers"].values()
+            )
+            now = time.monotonic()
+            idle_since = None if able else idle_since or now
+            if idle_since is not None and now - idle_since > PATIENCE_S:
+                late = TimeoutError("no task was begun")
+                _explain(client, late)
+
+
+def _have_ended(futures: Sequence[Future[Any]], timeout_s: float) -> bool:
+    """Wait for tasks for a moment; tell whether all have ended."""
+    try:
+        wait(list(futures), timeout=timeout_s)
+    except TimeoutError:
+        return False
+    return True
+
+
 def _explain(client: Client, error: Exception) -> None:
     """Say what is wrong with the workers, if none of them takes work."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
     if any(worker["status"] == "running" for worker in workers.values()):
         return
     if not workers:
-        message = "the cluster has no workers that data could be sent to"
+        message = "the cluster has no workers that could hold or read data"
         raise ClusterError(message) from error
     states = ", ".join(
         f"{address} is {worker['status']} with {format_bytes(worker['metrics']['memory'])} of "
@@ -67,8 +115,8 @@ def _explain(client: Client, error: Exception) -> None:
         for address, worker in sorted(workers.items())
     )
     message = (
-        f"no worker takes data: {states}; give the workers more memory (memory_limit), or use "
-        f"more of them"
+        f"no worker takes data or work: {states}; give the workers more memory (memory_limit), or "
+        "use more of them"
     )
     raise ClusterError(message) from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dask_nn.errors import ConfigurationError, DaskNNError, DataError
-from dask_nn.metrics.forward import floating_dtype, outputs, targets_of
+from dask_nn.grouping import map_inputs
+from dask_nn.metrics.forward import count_rows, floating_dtype, outputs, targets_of
 from dask_nn.metrics.merge import LossPartial, Partial
 from dask_nn.metrics.streams import MetricStream
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from dask_nn.metrics.objective import Objective
 
-    type Rows = np.ndarray[Any, Any] | Tensor
+    type Rows = np.ndarray[Any, Any] | Tensor | dict[str, np.ndarray[Any, Any] | Tensor]
 
 __all__ = ["block_partials", "check_loss", "check_metrics"]
 
@@ -71,19 +73,20 @@ def block_partials(
     streams = {name: MetricStream(name, metric) for name, metric in metrics.items()}
     total = normalizer = 0.0
     for rows, output in outputs(model, x, batch_size=batch_size, transform=transform):
+        wanted = map_inputs(operator.itemgetter(rows), targets)
         if objective is not None:
             part = None if weights is None else weights[rows]
-            added, by = _loss_of(objective, output, targets[rows], part)
+            added, by = _loss_of(objective, output, wanted, part, rows.stop - rows.start)
             total, normalizer = total + added, normalizer + by
         for stream in streams.values():
-            stream.update(output, targets[rows])
+            stream.update(output, wanted)
     partials: dict[str, Partial] = {}
     if objective is not None:
         partials["loss"] = LossPartial(total=total, normalizer=normalizer)
     return partials | {name: stream.partial() for name, stream in streams.items()}
 
 
-def check_loss(loss: Objective, output: Tensor, target: Tensor) -> None:
+def check_loss(loss: Objective, output: Any, target: Any) -> None:
     """Try a loss on a few rows.
 
     Parameters
@@ -100,12 +103,13 @@ def check_loss(loss: Objective, output: Tensor, target: Tensor) -> None:
     ModelError
         If it returns no scalar.
     """
-    weight = torch.ones(len(output), dtype=output.dtype) if loss.weighted else None
+    count = count_rows(target)
+    weight = torch.ones(count, dtype=output.dtype) if loss.weighted else None
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             # Outputs (n, 1) and targets (n,) broadcast to (n, n): PyTorch only warns.
             warnings.filterwarnings("error", message="Using a target size")
-            _loss_of(loss, output, target, weight)
+            _loss_of(loss, output, target, weight, count)
     except DaskNNError:
         raise
     except Exception as error:
@@ -146,17 +150,20 @@ def check_metrics(metrics: Mapping[str, Metric], output: Tensor, target: Tensor)
 
 
 def _loss_of(
-    objective: Objective, output: Tensor, target: Tensor, weight: Tensor | None
+    objective: Objective, output: Any, target: Any, weight: Tensor | None, count: int
 ) -> tuple[float, float]:
     with torch.inference_mode():
         if objective.kind == "mean_normalized":
             added, by = objective.sum_and_normalizer(output, target, weight)
             return float(added), float(by)
         value = float(objective.value(output, target))
-    count = len(output)
     return (value if objective.kind == "sum" else value * count), float(count)
 
 
-def _described(tensor: Tensor) -> str:
+def _described(tensor: Any) -> str:
+    if isinstance(tensor, dict):
+        return ", ".join(f"{key} {_described(value)}" for key, value in tensor.items())
+    if isinstance(tensor, tuple):
+        return ", ".join(map(_described, tensor))
     shape = ", ".join(["n", *map(str, tensor.shape[1:])]) + ("," if tensor.dim() == 1 else "")
     return f"{str(tensor.dtype).removeprefix('torch.')} ({shape})"

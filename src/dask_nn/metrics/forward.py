@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from dask_nn.errors import ConfigurationError, DataError, ModelError
+from dask_nn.grouping import call_model, map_inputs
 from dask_nn.pickling import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "PROBE_ROWS",
     "check_batch_size",
+    "count_rows",
     "evaluating",
     "floating_dtype",
+    "one_tensor",
     "one_thread_per_task",
     "outputs",
     "probe",
@@ -84,20 +89,21 @@ def one_thread_per_task() -> Iterator[None]:
 
 def outputs(
     model: nn.Module,
-    X: np.ndarray[Any, Any] | Tensor,
+    X: Any,
     *,
     batch_size: int,
     transform: Transform | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Iterator[tuple[slice, Any]]:
     """Run a model in evaluation mode over rows.
 
     Parameters
     ----------
     model : nn.Module
         Left in the mode it was in.
-    X : ndarray or Tensor
+    X : ndarray or Tensor, or dict of str to them
         Shape (num_rows, ...). Floating rows are cast to the model's floating type, others reach
-        the transform as they are. Rows are copied, so that a transform may work in place.
+        the transform as they are. Rows are copied, so that a transform may work in place. The
+        members of a dictionary are the module's keyword arguments.
     batch_size : int
         Most rows at a time.
     transform : callable, optional
@@ -105,58 +111,77 @@ def outputs(
 
     Yields
     ------
-    tuple of slice and Tensor
-        The rows of a batch and their outputs, of shape (batch, ...); nothing for no rows.
+    tuple of slice and outputs
+        The rows of a batch and their outputs, of shape (batch, ...): a tensor, or a tuple or
+        dictionary of them. Nothing for no rows.
 
     Raises
     ------
     ModelError
-        If the model returns anything but one tensor with a row for each row of the batch.
+        If the model returns anything but tensors with a row for each row of the batch.
     """
     floating = floating_dtype(model)
     device = _device(model)
-    for start in range(0, X.shape[0], batch_size):
-        rows = slice(start, min(start + batch_size, X.shape[0]))
+    num_rows = count_rows(X)
+    for start in range(0, num_rows, batch_size):
+        rows = slice(start, min(start + batch_size, num_rows))
         with evaluating(model), torch.inference_mode():
-            batch = _to_tensor(X[rows], floating).to(device)
-            output = model(batch if transform is None else transform(batch))
-        if not isinstance(output, Tensor):
-            raise ModelError(
-                f"the module returned {type(output).__name__}, expected one tensor; wrap it in a "
-                "module that returns the tensor of interest"
-            )
-        count = rows.stop - rows.start
-        if output.dim() == 0 or output.shape[0] != count:
-            raise ModelError(
-                f"the module returned a tensor of shape {tuple(output.shape)} for {count} rows, "
-                "expected one row for each"
-            )
-        yield rows, output.cpu()
+            batch = map_inputs(partial(_to_batch, rows=rows, floating=floating, device=device), X)
+            output = call_model(model, batch if transform is None else transform(batch))
+        yield rows, _checked(output, rows.stop - rows.start)
 
 
-def probe(
-    model: nn.Module,
-    row_shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    *,
-    transform: Transform | None = None,
-) -> Tensor:
+def one_tensor(output: Any) -> Tensor:
+    """Check that a module returned one tensor.
+
+    Raises
+    ------
+    ModelError
+        If it returned something else.
+    """
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"the module returned {type(output).__name__}, expected one tensor; wrap it in a "
+            "module that returns the tensor of interest"
+        )
+    return output
+
+
+def count_rows(X: Any) -> int:
+    """Count the rows of an array, or of the members of a dictionary."""
+    return int((next(iter(X.values())) if isinstance(X, dict) else X).shape[0])
+
+
+def _checked(output: Any, count: int) -> Any:
+    """Give outputs in the host's memory, once each has a row for each row of the batch."""
+    if isinstance(output, dict):
+        return {key: _checked(value, count) for key, value in output.items()}
+    if isinstance(output, tuple | list):
+        return tuple(_checked(value, count) for value in output)
+    tensor = one_tensor(output)
+    if tensor.dim() == 0 or tensor.shape[0] != count:
+        raise ModelError(
+            f"the module returned a tensor of shape {tuple(tensor.shape)} for {count} rows, "
+            "expected one row for each"
+        )
+    return tensor.cpu()
+
+
+def probe(model: nn.Module, like: Any, *, transform: Transform | None = None) -> Any:
     """Run a model on two rows of zeros to learn what it returns.
 
     Parameters
     ----------
     model : nn.Module
         Left in the mode it was in.
-    row_shape : tuple of int
-        Shape of one row of X.
-    dtype : numpy.dtype
-        Type of X as it is stored.
+    like : array, or dict of str to array
+        Shape (any number, ...): the shape of a row and the type of X as it is stored.
     transform : callable, optional
         Applied to the batch.
 
     Returns
     -------
-    Tensor
+    Tensor, or a tuple or dictionary of them
         Shape (2, ...).
 
     Raises
@@ -164,18 +189,24 @@ def probe(
     ModelError
         If transform or model cannot process such rows.
     """
-    zeros = np.zeros((PROBE_ROWS, *row_shape), dtype=dtype)
+    zeros = map_inputs(
+        lambda x: np.zeros((PROBE_ROWS, *map(int, x.shape[1:])), dtype=x.dtype), like
+    )
     try:
         return next(outputs(model, zeros, batch_size=PROBE_ROWS, transform=transform))[1]
     except (ModelError, DataError):
         raise
     except Exception as error:
         hint = ""
-        if dtype.kind not in "fc" and transform is None:
+        arrays = zeros if isinstance(zeros, dict) else {"": zeros}
+        if transform is None and any(x.dtype.kind not in "fc" for x in arrays.values()):
             hint = "; integer features stay as they are: make them floating with transform="
+        rows = ", ".join(
+            f"{key + ' ' if key else ''}of shape {x.shape[1:]} and type {x.dtype}"
+            for key, x in arrays.items()
+        )
         raise ModelError(
-            f"the module cannot process rows of shape {row_shape} and type {dtype}: "
-            f"{type(error).__name__}: {error}{hint}"
+            f"the module cannot process rows {rows}: {type(error).__name__}: {error}{hint}"
         ) from error
 
 
@@ -195,8 +226,10 @@ def sendable(model: nn.Module) -> tuple[bytes, nn.Module]:
     return payload, sent
 
 
-def targets_of(y: np.ndarray[Any, Any] | Tensor, floating: torch.dtype) -> Tensor:
-    """Copy targets or weights to a tensor: integers as int64, floating ones as ``floating``."""
+def targets_of(y: Any, floating: torch.dtype) -> Any:
+    """Copy targets or weights to tensors: integers as int64, floating ones as ``floating``."""
+    if isinstance(y, dict):
+        return {key: targets_of(value, floating) for key, value in y.items()}
     tensor = _to_tensor(y, floating)
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         return tensor
@@ -215,6 +248,10 @@ def _to_tensor(rows: np.ndarray[Any, Any] | Tensor, floating: torch.dtype) -> Te
             f"X, y and weights must hold numbers, got an array of type {rows.dtype}"
         ) from error
     return tensor.to(floating) if tensor.is_floating_point() else tensor
+
+
+def _to_batch(X: Any, *, rows: slice, floating: torch.dtype, device: torch.device) -> Tensor:
+    return _to_tensor(X[rows], floating).to(device)
 
 
 def _device(model: nn.Module) -> torch.device:

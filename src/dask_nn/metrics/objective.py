@@ -156,7 +156,10 @@ class Objective:
         if self._per_element is None:
             self._per_element = _without_reduction(self.loss)
         losses = self._per_element(output, target)
-        num_rows = output.shape[0]
+        rows_of = weight if weight is not None else target
+        if isinstance(rows_of, dict):
+            rows_of = next(iter(rows_of.values()))
+        num_rows = rows_of.shape[0]
         if not isinstance(losses, Tensor) or losses.dim() == 0 or losses.shape[0] != num_rows:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ModelError(

@@ -15,9 +15,16 @@ from dask.delayed import Delayed, delayed
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["as_array", "one_chunk_per_row_block", "per_block", "shipped"]
+__all__ = [
+    "aligned",
+    "as_array",
+    "check_same_rows",
+    "one_chunk_per_row_block",
+    "per_block",
+    "shipped",
+]
 
 
 def as_array(name: str, value: Any) -> Any:
@@ -58,6 +65,66 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
             )
     split = {axis: -1 for axis, number in enumerate(array.numblocks) if axis and number > 1}
     return array.rechunk(split) if split else array
+
+
+def aligned(arrays: Mapping[str, Any]) -> list[da.Array]:
+    """Give all inputs the row chunks of the first, and one chunk along other axes.
+
+    Inputs of unknown lengths that have the same number of chunks are taken to be aligned, which
+    `check_same_rows` makes sure of in every block; else their lengths are computed.
+    """
+    lazy = [array for array in arrays.values() if isinstance(array, da.Array)]
+    unknown = [np.isnan(array.shape[0]) for array in lazy]
+    same = len({array.numblocks[0] for array in lazy}) == 1
+    if all(unknown) and same and len(lazy) == len(arrays):
+        return [one_chunk_per_row_block(name, array) for name, array in arrays.items()]
+    resolved = {name: _with_lengths(name, array) for name, array in arrays.items()}
+    lengths = {name: int(array.shape[0]) for name, array in resolved.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise DataError(f"inputs must have the same number of rows, but {listed}")
+    if 0 in lengths.values():
+        raise DataError(f"there is nothing to compute: {', '.join(arrays)} have 0 rows")
+    row_chunks = next(iter(resolved.values())).chunks[0]
+    found = []
+    for name, array in resolved.items():
+        if not isinstance(array, da.Array):
+            whole = [(length,) for length in array.shape[1:]]
+            found.append(da.from_array(array, chunks=(row_chunks, *whole)))
+            continue
+        joined = one_chunk_per_row_block(name, array)
+        same = joined.chunks[0] == row_chunks
+        found.append(joined if same else joined.rechunk({0: row_chunks}))
+    return found
+
+
+def check_same_rows(rows: Sequence[Any]) -> None:
+    """Check that the arrays of a block have the same number of rows.
+
+    Raises
+    ------
+    DataError
+        If they have not.
+    """
+    lengths = {len(array) for array in rows if array is not None}
+    if len(lengths) > 1:
+        raise DataError(
+            f"the arrays of one block have {', '.join(map(str, sorted(lengths)))} rows, expected "
+            "the same number in all"
+        )
+
+
+def _with_lengths(name: str, array: Any) -> Any:
+    """Find the unknown chunk sizes of a copy of a Dask array, which costs computing it once."""
+    if not isinstance(array, da.Array) or not any(np.isnan(length) for length in array.shape):
+        return array
+    copied = da.Array(array.dask, array.name, array.chunks, meta=array)
+    try:
+        return copied.compute_chunk_sizes()
+    except Exception as error:
+        raise DataError(
+            f"the chunk sizes of {name} are unknown and cannot be computed: {error}"
+        ) from error
 
 
 def shipped(model: bytes, *parts: bytes) -> Delayed:

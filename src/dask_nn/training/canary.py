@@ -53,7 +53,7 @@ def fingerprint(
         layout=layout,
         randomness=ShardRandomness(spec.seed, shared=shared),
         transform=spec.transform,
-        weighted=spec.weighted,
+        grouping=spec.grouping,
         device=device,
     )
     batch = tuple(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.collectives.serial import SerialCommunicator
-from dask_nn.data.reader import MemoryReader
+from dask_nn.data.reader import BlockReader, MemoryReader, StreamReader
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def run_in_process(
     calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     env = RankEnvironment(
         comm=SerialCommunicator(0, 1),
-        reader=MemoryReader(blocks.arrays or ()),
-        validation_reader=None if validation is None else MemoryReader(validation.arrays or ()),
+        reader=_reader(blocks),
+        validation_reader=None if validation is None else _reader(validation),
         start=lambda: start,
         checkpoint=checkpoint,
         configuration=configuration or {},
@@ -94,3 +94,14 @@ def run_in_process(
         if not outcomes:
             env.comm.abort()
         thread.join()
+
+
+def _reader(blocks: Blocks) -> BlockReader:
+    if blocks.stream is not None:
+        return StreamReader(blocks.stream, fetch_shared=_no_cluster)
+    return MemoryReader(blocks.arrays or ())
+
+
+def _no_cluster(keys: list[Any]) -> list[Any]:
+    message = f"{keys} would have to come from a cluster, but there is none"
+    raise RuntimeError(message)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from dask_nn import faults
 from dask_nn.collectives.tree import shard_range
-from dask_nn.data.batches import Batch, ShardBatches
+from dask_nn.data.batches import Batch, ShardBatches, batched_bytes
+from dask_nn.data.memory import windows_at_a_time
 from dask_nn.errors import NonFiniteLoss
 from dask_nn.events import Progress
 from dask_nn.metrics.merge import compute, merge_named
@@ -79,6 +80,8 @@ class TrainingLoop:
         Partial metrics of this epoch from earlier gangs, merged with this rank's own.
     checkpointer : Checkpointer, optional
         Saves the run, on rank 0.
+    room_bytes : int, optional
+        What windows may take in this process; without it, two for each shard.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class TrainingLoop:
         start: Snapshot | None = None,
         carried: Sequence[dict[str, Partial]] = (),
         checkpointer: Checkpointer | None = None,
+        room_bytes: int | None = None,
     ) -> None:
         self._spec = spec
         self._state = state
@@ -116,7 +120,7 @@ class TrainingLoop:
             layout=layout,
             randomness=randomness,
             transform=spec.transform,
-            weighted=spec.weighted,
+            grouping=spec.grouping,
             device=device,
             place=self._place,
         )
@@ -140,6 +144,7 @@ class TrainingLoop:
             fields=spec.fields,
             dtypes=dtypes,
             check=comm.check_abort,
+            windows=self._windows_at_a_time(layout.floating, room_bytes),
         )
         self._metrics = {
             shard: BufferedMetrics(spec.metrics) for shard in self._own if spec.metrics
@@ -231,6 +236,15 @@ class TrainingLoop:
             slot.zero_()
         self._comm.publish()
         return layout.views(self._comm.collect())
+
+    def _windows_at_a_time(self, floating: torch.dtype, room_bytes: int | None) -> int:
+        """Give 2 if this rank has room for the next window of each shard beside the one in use."""
+        return windows_at_a_time(
+            batched_bytes(self._spec.fields, self._spec.block_lengths, floating),
+            window=self._spec.window,
+            shards=len(self._own),
+            room_bytes=room_bytes,
+        )
 
     def _run_epoch(self) -> bool:
         """Run one epoch from the state's step; return False if somebody voted to stop."""

@@ -11,6 +11,7 @@ import torch
 
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.errors import ConfigurationError, DaskNNError, DataError, ModelError
+from dask_nn.grouping import call_model, group_of, map_inputs
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.randomness import ShardRandomness, restored_generator
@@ -98,7 +99,7 @@ def _compute(
         layout=layout,
         randomness=ShardRandomness(spec.seed, shared=False),
         transform=spec.transform,
-        weighted=spec.weighted,
+        grouping=spec.grouping,
         device=torch.device("cpu"),
     )
     views = layout.views(torch.zeros(layout.size, dtype=layout.dtype))
@@ -127,8 +128,9 @@ def _blame_labels(
     """Raise the error of labels outside the outputs if the model itself works."""
     try:
         with torch.no_grad():
-            x = batch[0] if spec.transform is None else spec.transform(batch[0].clone())
-            num_outputs = int(copy.deepcopy(model).eval()(x).shape[1])
+            x = map_inputs(torch.clone, spec.grouping.inputs(batch))
+            x = x if spec.transform is None else spec.transform(x)
+            num_outputs = int(call_model(copy.deepcopy(model).eval(), x).shape[1])
     except Exception:
         return  # the labels are not to blame
     check_labels(spec, labels, num_outputs)
@@ -168,14 +170,22 @@ def _remedy(spec: TrainingSpec, batch: tuple[torch.Tensor, ...], error: Exceptio
         return ". Synchronous(bitwise=False) allows it, and weights may differ from run to run"
     if "Using a target size" in str(error):
         return ". Reshape y, or let the model squeeze its output"
-    if spec.transform is None and not batch[0].is_floating_point():
+    named = dict(zip([field.name for field in spec.fields], batch, strict=True))
+    integers = [
+        name for name, x in named.items() if group_of(name) == "X" and not x.is_floating_point()
+    ]
+    if spec.transform is None and integers:
         return (
-            f". X is {batch[0].dtype}: most layers expect floats, so pass a transform= that "
-            "makes them, such as a function returning x.float() / 255"
+            f". {integers[0]} is {named[integers[0]].dtype}: most layers expect floats, so pass a "
+            "transform= that makes them, such as a function returning x.float() / 255"
         )
+    return _remedy_for_target(spec, named["y"]) if "y" in named else ""
+
+
+def _remedy_for_target(spec: TrainingSpec, target: torch.Tensor) -> str:
     if isinstance(spec.loss, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss):
-        if batch[1].is_floating_point():
+        if target.is_floating_point():
             return ". This loss expects integer class labels: use y.astype('int64')"
-    elif not batch[1].is_floating_point():
+    elif not target.is_floating_point():
         return ". Losses other than cross-entropy usually expect floats: use y.astype('float32')"
     return ""

@@ -68,6 +68,8 @@ class RankEnvironment:
         Where rank 0 saves the run.
     configuration : dict
         What every checkpoint says of the run.
+    room_bytes : int, optional
+        What windows of rows may take in this process.
     on_start, on_progress, on_epoch : callable, optional
         Told of the first step, of progress and of each epoch's record, on rank 0 alone.
     on_event : callable, optional
@@ -88,6 +90,7 @@ class RankEnvironment:
     keep: Callable[[Keepsake], None] | None = None
     checkpoint: Checkpoint | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
+    room_bytes: int | None = None
     on_start: Callable[[dict[str, Any]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
     on_epoch: Callable[[dict[str, float]], None] | None = None
@@ -191,6 +194,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         start=start,
         carried=carried,
         checkpointer=standing.checkpointer,
+        room_bytes=env.room_bytes,
     )
     standing.loop = loop
     if first and env.on_start is not None:

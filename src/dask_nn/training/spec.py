@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.data.plan import Plan, Shuffle
+from dask_nn.grouping import Grouping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,6 +63,11 @@ class TrainingSpec:
     def plan(self, epoch: int) -> Plan:
         """Give the order of samples of one epoch."""
         return _plan(self, epoch)
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which fields are inputs, targets and weights."""
+        return Grouping.of([field.name for field in self.fields])
 
     @property
     def plan_of(self) -> Callable[[int], Plan]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dask_nn import faults
 from dask_nn.errors import ModelError
+from dask_nn.grouping import call_model, map_inputs
 from dask_nn.training.layout import FIRST_MARK, LeafLayout, LeafViews
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dask_nn.data.batches import Batch
+    from dask_nn.grouping import Grouping
     from dask_nn.metrics.objective import Objective
     from dask_nn.training.randomness import ShardRandomness
 
@@ -26,8 +28,19 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward  # noqa: 
 class ShardOutput(NamedTuple):
     """What metrics need of a shard's step, free of the graph: shapes (count, ...)."""
 
-    output: torch.Tensor
-    target: torch.Tensor
+    output: Any
+    target: Any
+
+
+def detached(output: Any) -> Any:
+    """Free a module's output of the graph: a tensor, or the members of a tuple or dictionary."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    if isinstance(output, dict):
+        return {key: detached(value) for key, value in output.items()}
+    if isinstance(output, tuple | list):
+        return tuple(detached(value) for value in output)
+    return output
 
 
 class ShardStep:
@@ -50,8 +63,8 @@ class ShardStep:
         Seeds the generator for each (step, shard).
     transform : callable, optional
         Applied to the batch of X.
-    weighted : bool
-        Whether the batch ends with sample weights.
+    grouping : Grouping
+        Which tensors of a batch are inputs, targets and weights.
     device : torch.device
         Where the model is.
     place : callable
@@ -66,7 +79,7 @@ class ShardStep:
         layout: LeafLayout,
         randomness: ShardRandomness,
         transform: Callable[[torch.Tensor], torch.Tensor] | None,
-        weighted: bool,
+        grouping: Grouping,
         device: torch.device,
         place: Callable[[], dict[str, int]] = dict,
     ) -> None:
@@ -76,7 +89,7 @@ class ShardStep:
         self._layout = layout
         self._randomness = randomness
         self._transform = transform
-        self._weighted = weighted
+        self._grouping = grouping
         self._device = device
         self._parameters = tuple(layout.parameters)
         self._scales: dict[float, torch.Tensor] = {}
@@ -111,7 +124,7 @@ class ShardStep:
         views : LeafViews
             The leaf.
         batch : tuple of Tensor
-            X, y and, if weighted, sample weights, of ``count`` rows each.
+            One tensor for each field, of ``count`` rows each.
         step : int
             Step of the run.
         shard : int
@@ -131,16 +144,18 @@ class ShardStep:
             return None
         if self._device.type != "cpu":
             batch = tuple(tensor.to(self._device, non_blocking=True) for tensor in batch)
-        target = batch[1]
+        target = self._grouping.targets(batch)
 
         def forward() -> torch.Tensor:
             for buffer, base in zip(self._layout.buffers, self._base, strict=True):
                 buffer.copy_(base)
-            x = batch[0]
+            x = self._grouping.inputs(batch)
             if self._transform is not None:
                 # A transform in place must not meet its own result in a second call.
-                x = self._transform(x.clone() if self._randomness.may_repeat else x)
-            output: torch.Tensor = self._model(x)
+                if self._randomness.may_repeat:
+                    x = map_inputs(torch.clone, x)
+                x = self._transform(x)
+            output: torch.Tensor = call_model(self._model, x)
             return output
 
         output = self._randomness.run(forward, step, shard)
@@ -155,7 +170,7 @@ class ShardStep:
             scale = 1.0
             total, normalizer = loss.item(), float(count)
         else:
-            weight = batch[2] if self._weighted else None
+            weight = self._grouping.weights(batch)
             loss, divisor = self._objective.sum_and_normalizer(output, target, weight)
             scale = 1.0
             total, normalizer = loss.item(), divisor.item()
@@ -167,7 +182,7 @@ class ShardStep:
             raise ModelError(message)
         gradients = self._backward(loss, scale)
         self._write(views, gradients, total, normalizer, count)
-        return ShardOutput(output.detach(), target)
+        return ShardOutput(detached(output), target)
 
     def _backward(self, loss: torch.Tensor, scale: float) -> tuple[torch.Tensor | None, ...]:
         if faults.hook is not None:

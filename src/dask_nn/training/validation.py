@@ -112,12 +112,13 @@ def evaluate_block(
         torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
         for array, dtype in zip(arrays, dtypes, strict=True)
     ]
+    grouping = spec.grouping
     return dict(
         block_partials(
             model,
-            tensors[0],
-            tensors[1],
-            tensors[2] if spec.weighted else None,
+            grouping.inputs(tensors),
+            grouping.targets(tensors),
+            grouping.weights(tensors),
             metrics=spec.metrics,
             loss=objective,
             batch_size=BATCH_SIZE,

@@ -1,0 +1,192 @@
+"""Data that is named on the command line: read from URLs, written to them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dask_nn.errors import ConfigurationError, DataError
+
+__all__ = ["check_target", "select", "write"]
+
+WRITABLE = ("zarr", "parquet", "npy")
+
+
+def select(
+    url: str, *, x: Any = None, y: Any = None, sample_weight: Any = None
+) -> tuple[Any, Any, Any]:
+    """Open a data URL and choose inputs, targets and weights.
+
+    Parameters
+    ----------
+    url : str
+        As for :func:`dask_nn.open_data`.
+    x, y, sample_weight : str or list of str, optional
+        Arrays or columns of it, or URLs of their own. Without `x` everything else is X.
+
+    Returns
+    -------
+    tuple
+        X, y and weights; None for those not asked for.
+
+    Raises
+    ------
+    ConfigurationError, DataError
+        If there is no such data, or no such name in it.
+    """
+    from dask_nn.data.inputs.frames import is_frame
+    from dask_nn.data.urls import open_data
+
+    data = open_data(url)
+    others = {"y": y, "sample_weight": sample_weight}
+    given = {
+        key: open_data(value) if isinstance(value, str) and ":" in value else value
+        for key, value in others.items()
+    }
+    named = {
+        name
+        for value in given.values()
+        if isinstance(value, str | list)
+        for name in ([value] if isinstance(value, str) else value)
+    }
+    if isinstance(data, dict):
+        found = {
+            key: _member(data, value, key, url) if isinstance(value, str | list) else value
+            for key, value in given.items()
+        }
+        rest = [name for name in data if name not in named]
+        wanted = x if x is not None else (rest[0] if len(rest) == 1 else rest)
+        return _member(data, wanted, "x", url), found["y"], found["sample_weight"]
+    if not is_frame(data):
+        if x is not None or named:
+            text = f"{url} is one array; x, y and sample_weight name members of a group or table"
+            raise ConfigurationError(text)
+        return data, given["y"], given["sample_weight"]
+    rest = [name for name in data.columns if name not in named]
+    features = rest if x is None else [x] if isinstance(x, str) else x
+    picked = {
+        key: _columns(data, value, key, url) if isinstance(value, str | list) else value
+        for key, value in given.items()
+    }
+    return _columns(data, features, "x", url), picked["y"], picked["sample_weight"]
+
+
+def check_target(url: str) -> tuple[str, str]:
+    """Check that predictions can be written to a URL, and give its format and place.
+
+    Raises
+    ------
+    ConfigurationError
+        If the format cannot be written, its folder does not exist, or something is there already.
+    """
+    from dask_nn.data.urls import FORMATS, split_url
+
+    if url.split(":", 1)[0] not in FORMATS:
+        url = f"npy:{url}"
+    kind, place, _ = split_url(url)
+    if kind not in WRITABLE:
+        expected = ", ".join(f"{known}:" for known in WRITABLE)
+        raise ConfigurationError(f"{url}: predictions can be written to {expected}, not to {kind}:")
+    if "://" not in place:
+        path = Path(place)
+        if not path.parent.is_dir():
+            raise DataError(f"{place}: its folder does not exist, expected one to write to")
+        if kind == "npy" and path.is_dir():
+            raise DataError(f"{place}: is a directory, expected a file to write")
+        if kind != "npy" and path.exists():
+            raise DataError(f"{place} exists already; remove it, or choose another place")
+    return kind, place
+
+
+def write(predictions: Any, kind: str, place: str) -> None:
+    """Write predictions block by block: they are never in one memory, but for npy.
+
+    Parameters
+    ----------
+    predictions : dask.array.Array, numpy.ndarray, or dask.dataframe collection
+        Lazy or not.
+    kind, place : str
+        From `check_target`.
+
+    Raises
+    ------
+    DataError
+        If that fails; what was begun is removed.
+    """
+    try:
+        _WRITERS[kind](predictions, place)
+    except Exception as error:
+        if kind != "npy" and "://" not in place:
+            shutil.rmtree(place, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DataError(f"{place}: cannot be written: {reason}") from error
+
+
+def _write_zarr(predictions: Any, place: str) -> None:
+    import dask.array as da
+
+    if hasattr(predictions, "to_dask_array"):
+        predictions = predictions.to_dask_array(lengths=True)
+    if not isinstance(predictions, da.Array):
+        predictions = da.from_array(predictions)
+    chunks = predictions.chunks[0]
+    if len(set(chunks[:-1])) > 1 or chunks[-1] > chunks[0]:
+        # Zarr's chunks are all of one length; only neighbours are joined or cut for it.
+        predictions = predictions.rechunk({0: max(chunks)})
+    predictions.to_zarr(place)
+
+
+def _write_parquet(predictions: Any, place: str) -> None:
+    import dask.array as da
+    import dask.dataframe as dd
+
+    indexed = hasattr(predictions, "to_parquet")
+    if not indexed:
+        if not isinstance(predictions, da.Array):
+            predictions = da.from_array(predictions)
+        flat = predictions.reshape(len(predictions), -1) if predictions.ndim > 2 else predictions
+        names = (
+            ["prediction"]
+            if flat.ndim == 1
+            else [f"prediction_{number}" for number in range(flat.shape[1])]
+        )
+        predictions = dd.from_dask_array(flat, columns=names[0] if flat.ndim == 1 else names)
+    if hasattr(predictions, "to_frame"):
+        predictions = predictions.to_frame()
+    predictions.to_parquet(place, write_index=indexed)
+
+
+def _write_npy(predictions: Any, place: str) -> None:
+    import numpy as np
+
+    from dask_nn.checkpoints.whole_file import whole_file
+
+    computed = predictions.compute() if hasattr(predictions, "compute") else predictions
+    with whole_file(Path(place)) as file:
+        np.save(file, np.asarray(computed), allow_pickle=False)
+
+
+_WRITERS = {"zarr": _write_zarr, "parquet": _write_parquet, "npy": _write_npy}
+
+
+def _member(data: dict[str, Any], wanted: Any, key: str, url: str) -> Any:
+    from dask_nn.data.inputs.frames import nearest
+
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    for name in names:
+        if name not in data:
+            raise DataError(f"{url}: {key}: {nearest(name, sorted(data), kind='array')}")
+    if isinstance(wanted, str):
+        return data[wanted]
+    return {name: data[name] for name in names}
+
+
+def _columns(data: Any, wanted: Any, key: str, url: str) -> Any:
+    from dask_nn.data.inputs.frames import nearest
+
+    columns = list(data.columns)
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name not in columns:
+            raise DataError(f"{url}: {key}: {nearest(name, columns)}")
+    return data[wanted]

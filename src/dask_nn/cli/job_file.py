@@ -1,0 +1,296 @@
+"""``job.toml``: a whole training described in one file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tomllib
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.errors import ConfigurationError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+__all__ = ["EXAMPLE", "JobFile", "read_job"]
+
+EXAMPLE = """\
+# A training job for dask-nn:  dask-nn train job.toml
+# Names like "package.module:Name" are imported; the folder of this file is searched too.
+
+[data]
+# zarr:, parquet:, hdf5: or npy:, with a path or URL that all workers can read.
+train = "zarr:train.zarr"
+x = "X"                       # an array of the store, or columns: ["age", "height"]
+y = "y"                       # a name, or its own URL: "npy:labels.npy"
+# sample_weight = "w"
+# validation = "zarr:valid.zarr"    # with the same names
+memory = "auto"               # "resident" holds the data, "stream" reads it block by block
+
+[model]
+module = "model:Network"      # a class or function that makes a torch.nn.Module
+arguments = { hidden = 128 }
+# transform = "model:scale"   # applied to each batch of X on the worker
+
+[loss]
+name = "CrossEntropyLoss"     # of torch.nn, or "package.module:Name"
+
+[optimizer]
+name = "SGD"                  # of torch.optim
+lr = 0.01
+
+# [schedule]
+# name = "StepLR"             # of torch.optim.lr_scheduler
+# every = "epoch"             # or "step"
+# step_size = 2
+
+[training]
+epochs = 5
+batch_size = 128
+metrics = ["accuracy"]
+seed = 0
+# shards = 4                  # fixed, the bits are the same on any number of workers
+# threads_per_rank = 1
+# engine = "spmd"             # or "graph"
+# shuffle = true              # "within" or false
+# window = 10                 # blocks among which a shard shuffles
+# clip_grad_norm = 1.0
+
+[cluster]
+workers = 2                   # on this machine; by default one for each core
+threads_per_worker = 1
+# memory_limit = "4 GiB"
+# scheduler = "tcp://10.0.0.5:8786"   # a running cluster instead
+
+# [checkpoint]
+# url = "checkpoints"
+# every = "epoch"             # or a number of steps, or "10 minutes"
+# keep = 3
+# best = "val_loss"
+
+[output]
+weights = "model.safetensors"
+# history = "history.json"
+"""
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "data": (
+        "train",
+        "x",
+        "y",
+        "sample_weight",
+        "validation",
+        "memory",
+    ),
+    "model": ("module", "arguments", "transform"),
+    "training": (
+        "epochs",
+        "batch_size",
+        "metrics",
+        "seed",
+        "shards",
+        "threads_per_rank",
+        "engine",
+        "shuffle",
+        "window",
+        "clip_grad_norm",
+    ),
+    "cluster": ("workers", "threads_per_worker", "memory_limit", "scheduler"),
+    "checkpoint": ("url", "every", "keep", "best", "before_walltime_s"),
+    "output": ("weights", "history"),
+}
+# Their other keys are arguments of what they name.
+OPEN_SECTIONS = ("loss", "optimizer", "schedule")
+REQUIRED = {"data": ("train",), "model": ("module",), "loss": ("name",), "optimizer": ("name",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """The tables of a job file, checked for unknown and missing keys.
+
+    Parameters
+    ----------
+    path : Path
+        Where it was read.
+    data, model, loss, optimizer, schedule, training, cluster, checkpoint, output : dict
+        Its tables.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    model: dict[str, Any]
+    loss: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    cluster: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    output: dict[str, Any] = field(default_factory=dict)
+
+    def place(self, path: str) -> str:
+        """Give a path or URL relative to the file's own folder."""
+        if "://" in path:
+            return path
+        return str(self.path.parent / Path(path).expanduser())
+
+    def data_url(self, url: str) -> str:
+        """Give a data URL whose path is relative to the file's own folder."""
+        kind, colon, rest = url.partition(":")
+        return f"{kind}:{self.place(rest)}" if colon and "://" not in rest else url
+
+    def make_model(self) -> Callable[[], Any]:
+        """Give what makes the module."""
+        name = self.model["module"]
+        make = self.imported("model", name)
+        arguments = self._table(self.model.get("arguments", {}), "model.arguments")
+
+        def made() -> Any:
+            try:
+                return make(**arguments)
+            except Exception as error:
+                message = f"{self.path}: [model] {name} cannot be made: {error}"
+                raise ModelError(message) from error
+
+        return made
+
+    def transform(self) -> Callable[..., Any] | None:
+        """Give the function that is applied to batches of X."""
+        name = self.model.get("transform")
+        return None if name is None else self.imported("model", name)
+
+    def make_loss(self) -> Any:
+        """Give the loss."""
+        options = dict(self.loss)
+        found = self.imported("loss", options.pop("name"), home="torch.nn")
+        return (
+            self._made("loss", found, options)
+            if isinstance(found, type)
+            else (partial(found, **options) if options else found)
+        )
+
+    def make_optimizer(self) -> Callable[..., Any]:
+        """Give what makes the optimizer from parameters."""
+        options = dict(self.optimizer)
+        return partial(
+            self.imported("optimizer", options.pop("name"), home="torch.optim"), **options
+        )
+
+    def make_schedule(self) -> tuple[Callable[..., Any] | None, str]:
+        """Give what makes the learning-rate scheduler, and when it is stepped."""
+        if not self.schedule:
+            return None, "epoch"
+        options = dict(self.schedule)
+        if "name" not in options:
+            raise self._error("schedule", 'needs name, such as "StepLR"')
+        every = options.pop("every", "epoch")
+        home = "torch.optim.lr_scheduler"
+        return partial(self.imported("schedule", options.pop("name"), home=home), **options), every
+
+    def imported(self, section: str, name: Any, *, home: str | None = None) -> Any:
+        """Import something by its name.
+
+        Raises
+        ------
+        ConfigurationError
+            If it does not exist; with the nearest name that does.
+        """
+        if not isinstance(name, str):
+            raise self._error(section, f"expected a name, got {name!r}")
+        module_name, colon, attribute = name.partition(":")
+        if not colon:
+            if home is None:
+                raise self._error(section, f'{name!r} must be like "package.module:Name"')
+            module_name, attribute = home, name
+        module = self._module(section, module_name)
+        if not hasattr(module, attribute):
+            hint = _nearest(attribute, [known for known in dir(module) if known[:1] != "_"])
+            raise self._error(section, f"{module_name} has no {attribute!r}{hint}")
+        found = getattr(module, attribute)
+        if not callable(found):
+            raise self._error(section, f"{name} is a {type(found).__name__}, expected a callable")
+        return found
+
+    def _module(self, section: str, name: str) -> Any:
+        folder = str(self.path.parent)
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise self._error(section, f"{name} cannot be imported: {error}") from error
+        if str(getattr(module, "__file__", "") or "").startswith(folder):
+            import cloudpickle
+
+            # Workers elsewhere have no such file: its code travels with the job.
+            cloudpickle.register_pickle_by_value(module)
+        return module
+
+    def _made(self, section: str, kind: type, options: dict[str, Any]) -> Any:
+        try:
+            return kind(**options)
+        except (TypeError, ValueError) as error:
+            raise self._error(section, f"{kind.__name__}: {error}") from error
+
+    def _table(self, value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._error(where, f"expected a table, got {value!r}")
+        return value
+
+    def _error(self, section: str, text: str) -> ConfigurationError:
+        return ConfigurationError(f"{self.path}: [{section}] {text}")
+
+
+def read_job(path: Path) -> JobFile:
+    """Read a job file.
+
+    Raises
+    ------
+    ConfigurationError
+        If it does not exist, is no TOML, or has keys that are unknown or missing.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        message = f"{path} cannot be read: {error.strerror or error}"
+        raise ConfigurationError(message) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        message = f"{path} is no TOML file: {error}"
+        raise ConfigurationError(message) from error
+    known = [each.name for each in fields(JobFile) if each.name != "path"]
+    _check_keys(path, "", tables, known)
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            message = f"{path}: {section} must be a table, written [{section}]"
+            raise ConfigurationError(message)
+        if section not in OPEN_SECTIONS:
+            _check_keys(path, section, table, SECTIONS[section])
+    for section, keys in REQUIRED.items():
+        for key in keys:
+            if key not in tables.get(section, {}):
+                message = (
+                    f"{path}: [{section}] needs {key}; dask-nn train --example FILE writes a "
+                    "file with everything"
+                )
+                raise ConfigurationError(message)
+    return JobFile(path=path.absolute(), **tables)
+
+
+def _check_keys(path: Path, section: str, table: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    for key in table:
+        if key not in known:
+            where = f"[{section}] " if section else ""
+            what = "key" if section else "table"
+            message = f"{path}: {where}unknown {what} {key!r}{_nearest(key, known)}"
+            raise ConfigurationError(message)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(known)}" if len(known) < 20 else ""

@@ -1,0 +1,1 @@
+"""Any collection that users have, read as named arrays of rows."""

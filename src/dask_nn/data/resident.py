@@ -1,0 +1,112 @@
+"""Blocks held in memory: of a cluster, where they are persisted or sent, or of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import dask
+import dask.array as da
+import numpy as np
+from dask.core import flatten
+from distributed.client import futures_of
+
+from dask_nn.data.sending import send, wait_while_able
+from dask_nn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distributed import Client
+
+__all__ = ["Sent", "one_chunk_per_row_block", "persist", "place", "resolve_lengths"]
+
+
+def one_chunk_per_row_block(array: da.Array) -> da.Array:
+    """Join the chunks along all axes but the first."""
+    cut = {axis: -1 for axis, chunks in enumerate(array.chunks) if axis and len(chunks) > 1}
+    if not cut:
+        return array
+    try:
+        rechunked: da.Array = array.rechunk(cut)
+    except ValueError as error:
+        message = f"chunks along axes {sorted(cut)} cannot be joined: {error}"
+        raise DataError(message) from error
+    return rechunked
+
+
+def persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.Array]:
+    """Compute the blocks of some arrays, in one graph: what they have in common is done once."""
+    values = list(arrays.values())
+    if not values:
+        return {}
+    if client is not None:
+        kept = dict(zip(arrays, client.persist(values), strict=True))
+        _wait(client, kept)
+        return kept
+    try:
+        return dict(zip(arrays, dask.persist(*values), strict=True))
+    except Exception as error:
+        message = f"{', '.join(arrays)} could not be computed: {error!r}"
+        raise DataError(message) from error
+
+
+def _wait(client: Client, arrays: dict[str, da.Array]) -> None:
+    """Wait until every block lies on a worker: ranks look for blocks, they cannot compute them."""
+    futures = {name: futures_of(array) for name, array in arrays.items()}
+    wait_while_able(client, [future for column in futures.values() for future in column])
+    for name, column in futures.items():
+        for future in column:
+            if future.status != "finished":
+                error = future.exception() if future.status == "error" else None
+                block = future.key[1] if isinstance(future.key, tuple) else ""
+                message = (
+                    f"block {block} of {name} could not be computed: {error or future.status!r}"
+                )
+                raise DataError(message) from error
+
+
+def resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:
+    """Find the lengths of an array's blocks where they are unknown."""
+    if any(np.isnan(length) for chunks in array.chunks for length in chunks):
+        try:
+            with contextlib.nullcontext() if client is None else client.as_current():
+                array.compute_chunk_sizes()
+        except Exception as error:
+            message = (
+                f"the chunk sizes of {name} are unknown and could not be computed: {error!r}; "
+                "call compute_chunk_sizes() on it to see where"
+            )
+            raise DataError(message) from error
+    return array
+
+
+def place(
+    name: str, array: Any, lengths: Sequence[int], client: Client | None
+) -> tuple[list[Any], Any]:
+    """Give the key or array of each block of one field, and what keeps the keys alive."""
+    if isinstance(array, da.Array):
+        if tuple(array.chunks[0]) != tuple(lengths):
+            array = persist({name: array.rechunk({0: tuple(lengths)})}, client)[name]
+        if client is not None:
+            return list(flatten(array.__dask_keys__())), array
+        return [np.asarray(block.compute()) for block in array.blocks.ravel()], None
+    bounds = pairwise(accumulate(lengths, initial=0))
+    pieces = [array[start:stop] for start, stop in bounds]
+    if client is None:
+        return pieces, None
+    # Keys of our own: a lost piece is sent again under the same one.
+    token = uuid.uuid4().hex
+    named = {f"dask-nn-{name}-{token}-{number}": piece for number, piece in enumerate(pieces)}
+    return list(named), Sent(named, send(client, named))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Arrays sent to the cluster, and the futures that keep them there."""
+
+    pieces: dict[Any, np.ndarray[Any, Any]]
+    futures: Any

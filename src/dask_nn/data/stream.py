@@ -1,0 +1,199 @@
+"""Blocks that are computed when their window comes, and released after use."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import traceback
+import uuid
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, batched
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import dask
+from distributed import get_worker
+
+from dask_nn.data.recipes import Recipe, cook
+from dask_nn.data.sending import gather
+from dask_nn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from dask.delayed import Delayed
+    from distributed import Client
+
+    type Array = np.ndarray[Any, Any]
+
+__all__ = ["Stream", "Surveyor"]
+
+# A survey of many blocks is made by so many tasks for each thread of the cluster.
+TASKS_PER_THREAD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """All that a worker needs to make any block of a data set.
+
+    Parameters
+    ----------
+    recipes : tuple of Recipe
+        For each block how its streamed fields are computed.
+    places : tuple of int
+        Which fields those are, by position.
+    kept : dict of int to ndarray
+        Whole columns of the other fields, small ones, by position.
+    lengths : tuple of int
+        Rows of each block.
+    shared : tuple
+        Keys of what many recipes need.
+    values : dict
+        The values of `shared`, where this process computed them.
+    """
+
+    recipes: tuple[Recipe, ...]
+    places: tuple[int, ...]
+    kept: dict[int, Array]
+    lengths: tuple[int, ...]
+    shared: tuple[Any, ...] = ()
+    values: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def starts(self) -> list[int]:
+        """The first row of each block, counted over all of them."""
+        return list(accumulate(self.lengths, initial=0))
+
+    def one(self, block: int) -> Stream:
+        """Give a stream of one block alone."""
+        start = self.starts[block]
+        rows = slice(start, start + self.lengths[block])
+        return replace(
+            self,
+            recipes=(self.recipes[block],),
+            lengths=(self.lengths[block],),
+            kept={place: column[rows] for place, column in self.kept.items()},
+        )
+
+    def compute(self, block: int, start: int, shared: Mapping[Any, Any]) -> tuple[Array, ...]:
+        """Make one block, in this thread.
+
+        Parameters
+        ----------
+        block : int
+            Its number.
+        start : int
+            Its first row, counted over all blocks.
+        shared : mapping
+            The values of `shared`.
+        """
+        cooked = cook(self.recipes[block], shared) if self.places else ()
+        columns = dict(zip(self.places, cooked, strict=True))
+        rows = slice(start, start + self.lengths[block])
+        columns |= {place: column[rows] for place, column in self.kept.items()}
+        return tuple(columns[place] for place in sorted(columns))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A block that could not be computed."""
+
+    block: int
+    address: str
+    text: str
+    traceback: str
+
+    def raise_(self, what: str) -> None:
+        where = f" on worker {self.address}" if self.address else ""
+        message = (
+            f"block {self.block} of {what} could not be computed{where}: {self.text}\n"
+            f"{self.traceback}"
+        )
+        raise DataError(message)
+
+
+class Surveyor:
+    """Looks at blocks before training, where the data lies: many blocks in few tasks.
+
+    Parameters
+    ----------
+    client : Client or None
+        Of the cluster; this process if None.
+    shared : sequence of Delayed
+        What many recipes need.
+    """
+
+    def __init__(self, client: Client | None, shared: Sequence[Delayed] = ()) -> None:
+        self._client = client
+        self.keys: tuple[Any, ...] = tuple(part.key for part in shared)
+        self.values: dict[Any, Any] = {}
+        self.futures: list[Any] = []
+        if shared and client is None:
+            self.values = dict(zip(self.keys, dask.compute(*shared), strict=True))
+        elif shared and client is not None:
+            self.futures = client.compute(list(shared))
+
+    @classmethod
+    def of(cls, stream: Stream, futures: Sequence[Any], client: Client | None) -> Surveyor:
+        """Look at the blocks of a stream whose shared parts are there already."""
+        surveyor = cls(client)
+        surveyor.keys, surveyor.values = stream.shared, dict(stream.values)
+        surveyor.futures = list(futures)
+        return surveyor
+
+    def look(
+        self, function: Callable[[tuple[Array, ...]], Any], recipes: Sequence[Recipe], what: str
+    ) -> list[Any]:
+        """Apply a function to every block; what it returns comes to this process.
+
+        Raises
+        ------
+        DataError
+            If a block cannot be computed; names it, its worker, and gives the traceback.
+        """
+        numbered = list(enumerate(recipes))
+        if self._client is None:
+            values = [self.values[key] for key in self.keys]
+            found = _look(cloudpickle.dumps((function, numbered, self.keys)), values)
+        else:
+            threads = sum(self._client.nthreads().values()) or 1
+            size = max(1, -(-len(numbered) // (threads * TASKS_PER_THREAD)))
+            token = uuid.uuid4().hex
+            futures = [
+                self._client.submit(
+                    _look,
+                    cloudpickle.dumps((function, list(group), self.keys)),
+                    self.futures,
+                    key=f"dask-nn-survey-{token}-{group[0][0]}",
+                )
+                for group in batched(numbered, size, strict=False)
+            ]
+            found = [value for part in gather(self._client, futures) for value in part]
+        for value in found:
+            if isinstance(value, _Problem):
+                value.raise_(what)
+        return found
+
+
+def _look(order: bytes, shared: list[Any]) -> list[Any]:
+    function, numbered, keys = pickle.loads(order)  # noqa: S301 - the client's own
+    values = dict(zip(keys, shared, strict=True))
+    found: list[Any] = []
+    for number, recipe in numbered:
+        try:
+            found.append(function(cook(recipe, values)))
+        except Exception as error:
+            address = ""
+            with contextlib.suppress(ValueError):  # not on a worker
+                address = get_worker().address
+            found.append(
+                _Problem(
+                    number,
+                    address,
+                    f"{type(error).__name__}: {error}",
+                    "".join(traceback.format_exception(error)),
+                )
+            )
+            break
+    return found
