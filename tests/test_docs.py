@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)")
 PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 )
-EXAMPLES = ["README.md", "docs/training.md", "docs/es/guia.md"]
+EXAMPLES = ["README.md", "docs/data.md", "docs/training.md", "docs/es/guia.md"]
 
 # The blocks run in the `__main__` of a program without a file, like cells of a notebook. Padding
 # keeps the line numbers of the page in tracebacks.
