@@ -7,6 +7,8 @@ import os
 # Before torch or NumPy are imported: on a small machine, threads of threads only take turns.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -111,3 +113,17 @@ def _no_leftovers() -> Iterator[None]:
         time.sleep(0.02)
     names = sorted(thread.name for thread in left_threads)
     pytest.fail(f"left behind: shared memory {sorted(left_files)}, threads {names}")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 64 KiB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a full disk is made with mount, which needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = [shutil.which("mount"), "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run([shutil.which("umount"), str(folder)], check=True)

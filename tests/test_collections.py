@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import dask
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dask_nn
+from dask_nn.data.memory import Room
 from dask_nn.errors import DataError, RankFailed
 
 ROWS = 100
@@ -303,4 +305,56 @@ def test_a_stream_of_an_array_in_this_process_is_refused(data):
 def test_a_stream_of_what_is_persisted_is_refused(data, client):
     X = da.from_zarr(data.store, component="X").persist()
     with pytest.raises(DataError, match=r"before persist"):
+        train(X + 1, data.y, memory="stream")
+
+
+class Remover(dask_nn.Callback):
+    """Takes a file away once an epoch is over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_epoch_end(self, record):
+        self.path.unlink(missing_ok=True)
+
+
+def test_a_file_that_vanishes_ends_the_run_and_leaves_the_checkpoint(data, client, tmp_path):
+    path = tmp_path / "X.npy"
+    np.save(path, data.X)
+    options = {
+        "memory": "stream",
+        "epochs": 40,
+        "checkpoint": str(tmp_path / "checkpoints"),
+    }
+    X = dask_nn.open_data(f"npy:{path}", block_size_bytes=ROWS * 80)
+    with pytest.raises(RankFailed, match=r"could not be computed on tcp.*after 4 attempts.*X\.npy"):
+        train(X, data.y, callbacks=[Remover(path)], **options)
+    np.save(path, data.X)
+    again = train(X, data.y, resume=True, **options)
+    assert "resumed" in [event.name for event in again.events]
+    assert sha256(again) == sha256(train(X, data.y, memory="stream", epochs=40))
+
+
+def test_a_source_that_grows_shorter_is_refused_by_block(data, client, tmp_path):
+    path = tmp_path / "X.npy"
+    np.save(path, data.X)
+    X = dask_nn.open_data(f"npy:{path}", block_size_bytes=ROWS * 80)
+
+    class Shortener(dask_nn.Callback):
+        def on_epoch_end(self, record):
+            np.save(tmp_path / "shorter.npy", data.X[:550])
+            (tmp_path / "shorter.npy").rename(path)
+
+    with pytest.raises(RankFailed, match=r"block \d (gave an array of shape|could not be)"):
+        train(X, data.y, memory="stream", epochs=40, callbacks=[Shortener()])
+
+
+def test_a_block_larger_than_a_worker_is_read_in_slices(data, tmp_path, monkeypatch):
+    np.save(tmp_path / "X.npy", data.X)
+    X = dask_nn.open_data(f"npy:{tmp_path / 'X.npy'}")
+    assert X.numblocks == (1, 1)
+    monkeypatch.setattr(Room, "block_bytes", property(lambda _: ROWS * 80))
+    result = train(X, data.y, memory="stream")
+    assert result.run.num_blocks == 6
+    with pytest.raises(DataError, match=r"block 0 of X has .* computed as a whole"):
         train(X + 1, data.y, memory="stream")

@@ -81,6 +81,10 @@ class Progress:
         Metrics over this epoch so far (of the shards of rank 0).
     samples_per_s : float
         Samples of all ranks per second in this epoch so far.
+    blocks : int
+        Blocks, or parts of them, that all ranks have read for this epoch, where data is streamed.
+    bytes : int
+        Their stored size.
     """
 
     epoch: int
@@ -89,6 +93,8 @@ class Progress:
     loss: float
     metrics: dict[str, float] = field(default_factory=dict)
     samples_per_s: float
+    blocks: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

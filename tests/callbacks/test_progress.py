@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from dask_nn.callbacks import progress as module
 from dask_nn.callbacks.progress import RichProgress, describe
 from dask_nn.events import Progress, RunInfo
 
@@ -55,6 +57,26 @@ def text(console: Console) -> str:
 def test_numbers_are_described_in_one_line() -> None:
     values = {"epoch": 0, "loss": 0.31, "val_accuracy": 0.9, "samples_per_s": 2.1e5, "seconds": 1}
     assert describe(values) == "loss 0.3100  val accuracy 0.9000  210,000 samples/s"
+
+
+def test_streamed_data_shows_what_was_read() -> None:
+    shown = console(terminal=True)
+    with RichProgress(shown) as bar:
+        bar.on_train_start(replace(RUN, num_blocks=1200, streamed=True))
+        bar.on_progress(replace(progress(0, 3), blocks=40, bytes=5 << 20))
+    assert "5.00 MiB in 40 of 1,200 blocks" in text(shown)
+
+
+def test_without_a_terminal_a_long_epoch_says_how_far_it_is(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_LINE_EVERY_S", 0.0)
+    shown = console(terminal=False)
+    with RichProgress(shown) as lines:
+        lines.on_train_start(replace(RUN, num_blocks=12, streamed=True))
+        lines.on_progress(replace(progress(0, 3), blocks=4, bytes=5 << 20))
+    assert text(shown) == (
+        "epoch 1/2  step 3 of 10  loss 0.5000  accuracy 0.8000  1,000 samples/s  5.00 MiB in 4 of "
+        "12 blocks\n"
+    )
 
 
 def test_without_a_terminal_each_epoch_is_one_line() -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -126,19 +124,6 @@ def test_training_does_not_wait_for_the_disk(make, told, hook):
     assert manager.close(WAIT_S)
     assert [name[:10] for name in manager.names()] == ["epoch-0001", "epoch-0003"]
     assert told.names.count("checkpoint-skipped") == 1
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("a full disk is made with mount, which needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = [shutil.which("mount"), "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run([shutil.which("umount"), str(folder)], check=True)
 
 
 def test_a_full_disk(make, told, tiny_disk):

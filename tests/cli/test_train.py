@@ -6,12 +6,14 @@ import tomllib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import zarr
 from click.testing import CliRunner
+from torch import nn
 
-from dask_nn.checkpoints.serialization import load_weights, weights_sha256
+from dask_nn.checkpoints.serialization import load_weights, save_weights, weights_sha256
 from dask_nn.cli.job_file import EXAMPLE, SECTIONS, read_job
-from dask_nn.cli.main import nn as command
+from dask_nn.cli.main import nn as commands
 from dask_nn.errors import ConfigurationError
 
 MODEL = """
@@ -88,7 +90,7 @@ def folder(tmp_path, blobs):
 
 
 def run(*arguments):
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
 def test_a_job_is_trained_evaluated_and_run(folder, blobs):
@@ -185,3 +187,23 @@ def test_mistakes_are_named_before_any_work(folder, old, new, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigurationError, match="No such file"):
         read_job(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("kind", ["zarr", "npy"])
+def test_no_room_for_predictions_is_said_and_leaves_nothing(kind, folder, tiny_disk):
+    torch.manual_seed(0)
+    layers = {"net.0": nn.Linear(20, 12), "net.2": nn.Linear(12, 4)}
+    state = {f"{name}.{key}": value for name, layer in layers.items()
+             for key, value in layer.state_dict().items()}  # fmt: skip
+    save_weights(folder / "any.safetensors", state)
+    X = np.random.default_rng(0).random((400_000, 20), dtype="f4")
+    np.save(folder / "X.npy", X)
+    job = (folder / "resident.toml").read_text().replace('x = "X"', "")
+    (folder / "large.toml").write_text(job)
+    result = run(
+        "predict", "--job", folder / "large.toml", "--weights", folder / "any.safetensors",
+        "--input", folder / "X.npy", "--output", f"{kind}:{tiny_disk / 'labels'}", "--raw",
+    )  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "No space left on device" in result.output
+    assert not (tiny_disk / "labels").exists()

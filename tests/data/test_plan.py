@@ -39,6 +39,16 @@ def plans(draw: st.DrawFn, **fixed: Any) -> Plan:
     return Plan(block_lengths=lengths, shards=shards, **options | fixed)
 
 
+@given(plan=plans())
+def test_what_is_open_grows_from_nothing_to_everything(plan):
+    found = [plan.opened(t) for t in range(plan.num_steps + 1)]
+    assert found[0] == (0, 0)
+    assert found == sorted(found)
+    assert found[-1][1] == plan.num_samples
+    for t, (_, rows) in enumerate(found):
+        assert rows >= sum(plan.step_count(step) for step in range(t))
+
+
 def cuts(plan: Plan) -> int:
     pieces = Counter(p.block for v in range(plan.shards) for w in plan.windows(v) for p in w.pieces)
     return sum(n - 1 for n in pieces.values())

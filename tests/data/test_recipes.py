@@ -9,6 +9,7 @@ import pytest
 from dask.delayed import delayed
 
 from dask_nn.data.recipes import cook, split_source, write_recipes
+from dask_nn.data.streaming import stream_blocks
 
 ROWS = np.arange(200, dtype="f4").reshape(50, 4)
 
@@ -112,3 +113,13 @@ def test_a_source_is_read_in_smaller_slices(rows):
 
 def test_blocks_that_are_computed_cannot_be_split():
     assert split_source(lazy(), 3) is None
+
+
+def test_what_only_a_kept_column_needed_is_released(client):
+    y = lazy()[:, 0].rechunk(50).rechunk(10)  # one chunk that all blocks are cut from
+    stream, futures = stream_blocks({"X": lazy(), "y": y}, client=client, block_limit_bytes=None)
+    assert (stream.shared, futures) == ((), [])
+    np.testing.assert_array_equal(stream.kept[1], ROWS[:, 0])
+    scaled = lazy() - lazy().mean(axis=0)
+    stream, futures = stream_blocks({"X": scaled, "y": y}, client=client, block_limit_bytes=None)
+    assert len(stream.shared) == len(futures) == 1

@@ -23,6 +23,8 @@ __all__ = ["RichProgress", "describe"]
 
 # Drawing takes time from the cores that train, so bars are drawn at most so often.
 _DRAW_EVERY_S = 0.2
+# Where there is no terminal, a long epoch says so often how far it is.
+_LINE_EVERY_S = 60.0
 
 
 def describe(values: dict[str, float]) -> str:
@@ -72,7 +74,7 @@ def _recovered(details: dict[str, Any]) -> str:
 
 def _streaming(details: dict[str, Any]) -> str:
     size, room = format_bytes(details["size_bytes"]), format_bytes(details["room_bytes"])
-    why = "as asked" if details["asked"] else f"more than the {room} that could hold it"
+    why = "as asked" if details["asked"] else f"the workers have {room} to hold data"
     return f"streaming {size} in {details['blocks']:,} blocks: {why}"
 
 
@@ -120,32 +122,39 @@ class RichProgress(Callback):
     ) -> None:
         self._console = console or Console()
         self._shown = ("loss", *metrics, "samples_per_s")
-        self._epochs = 0
+        self._epochs = self._blocks = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._epoch = 0
         self._drawn_at_s = 0.0
 
     def on_train_start(self, run: RunInfo) -> None:
-        """Remember how many epochs there will be."""
-        self._epochs = run.epochs
+        """Remember how much there will be."""
+        self._epochs, self._blocks = run.epochs, run.num_blocks
+        self._drawn_at_s = time.monotonic()
 
     def on_progress(self, progress: Report) -> None:
         """Move the bar of this epoch."""
-        if not self._console.is_terminal:
-            return
         now_s = time.monotonic()
-        if self._bar is None or self._epoch != progress.epoch:
-            self._open(progress.epoch, progress.num_steps)
-        elif now_s - self._drawn_at_s < _DRAW_EVERY_S:
-            return
-        self._drawn_at_s = now_s
         values = {
             "loss": progress.loss,
             **progress.metrics,
             "samples_per_s": progress.samples_per_s,
         }
-        self._draw(progress.step, values)
+        read = self._read(progress)
+        if not self._console.is_terminal:
+            if now_s - self._drawn_at_s > _LINE_EVERY_S:
+                self._drawn_at_s = now_s
+                step = f"step {progress.step:,} of {progress.num_steps:,}"
+                line = f"{self._title(progress.epoch)}  {step}  {describe(values)}{read}"
+                self._console.print(line, highlight=False, soft_wrap=True)
+            return
+        if self._bar is None or self._epoch != progress.epoch:
+            self._open(progress.epoch, progress.num_steps)
+        elif now_s - self._drawn_at_s < _DRAW_EVERY_S:
+            return
+        self._drawn_at_s = now_s
+        self._draw(progress.step, values, read)
 
     def on_epoch_end(self, record: dict[str, float]) -> None:
         """Complete the bar, or print the epoch's line."""
@@ -208,6 +217,13 @@ class RichProgress(Callback):
         self._epoch = epoch
         self._task = self._bar.add_task(self._title(epoch), total=num_steps, values="")
 
-    def _draw(self, step: int, values: dict[str, float]) -> None:
+    def _draw(self, step: int, values: dict[str, float], read: str = "") -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, values=describe(values), refresh=True)
+            text = describe(values) + read
+            self._bar.update(self._task, completed=step, values=text, refresh=True)
+
+    def _read(self, progress: Report) -> str:
+        """Say how much of streamed data has been read."""
+        if not progress.blocks:
+            return ""
+        return f"  {format_bytes(progress.bytes)} in {progress.blocks:,} of {self._blocks:,} blocks"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dask_nn.errors import ConfigurationError, DataError
 
@@ -164,7 +164,15 @@ def _write_npy(predictions: Any, place: str) -> None:
 
     computed = predictions.compute() if hasattr(predictions, "compute") else predictions
     with whole_file(Path(place)) as file:
-        np.save(file, np.asarray(computed), allow_pickle=False)
+        # Not np.save: a full disk would be "100 requested and 7 written".
+        np.lib.format.write_array(_Plain(file), np.asarray(computed), allow_pickle=False)
+
+
+class _Plain:
+    """A file of which NumPy does not know that it is one, so that errors are the system's own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write = file.write
 
 
 _WRITERS = {"zarr": _write_zarr, "parquet": _write_parquet, "npy": _write_npy}

@@ -10,6 +10,7 @@ import torch
 
 from dask_nn.controller.cluster import inspect_workers
 from dask_nn.controller.data_sets import DataSets, check_targets, parts_of_validation
+from dask_nn.controller.locality import seat_where_data_lies
 from dask_nn.controller.options import Options, check_sizes
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.data.peek import LabelRange, label_range, sample
@@ -125,6 +126,7 @@ def prepare(
         threads_per_rank=threads or _own_threads(),
         bitwise=options.strategy.bitwise,
         device=options.device,
+        streamed=blocks.stream is not None,
         progress_interval_s=settings.progress_interval_s,
         sample=sample(blocks, min(MAX_SAMPLE_ROWS, options.batch_size // shards), client=client),
     )
@@ -151,6 +153,8 @@ def prepare(
             found = _label_range(objective, validation_blocks, client)
             if found is not None:
                 check_labels(spec, found, num_outputs)
+    if seating is not None and client is not None and blocks.keys is not None:
+        seating = seat_where_data_lies(seating, spec.plan(0), blocks.keys, client)
     return PreparedRun(
         spec=spec,
         blocks=blocks,

@@ -316,7 +316,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                 spec,
                 RankEnvironment(
                     comm=comm,
-                    reader=read(content.data, spec.size_bytes, spec.epochs / seat.world_size),
+                    reader=read(content.data, spec.size_bytes, _uses(spec, seat)),
                     # A rank validates on the same blocks after every epoch.
                     validation_reader=(
                         None if content.validation is None else read(content.validation, 0, 0)
@@ -345,6 +345,11 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
             _handles[place].remove(handle)
             if not _handles[place]:
                 del _handles[place]
+
+
+def _uses(spec: TrainingSpec, seat: Seat) -> float:
+    """Tell how often a rank reads each block; less than once where blocks stay with shards."""
+    return spec.epochs / seat.world_size if spec.shuffle == "blocks" else 0
 
 
 def _start(

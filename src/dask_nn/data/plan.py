@@ -224,6 +224,12 @@ class Plan:
             return self.batch_size
         return sum(self.count(t, v) for v in range(self.shards))
 
+    def opened(self, t: int) -> tuple[int, int]:
+        """Return how many pieces and rows the windows have that all shards open before step `t`."""
+        position = t * self.shard_batch_size
+        windows = [w for v in range(self.shards) for w in self.windows(v) if w.start < position]
+        return sum(len(w.pieces) for w in windows), sum(w.length for w in windows)
+
     def segments(self, t: int, v: int) -> tuple[tuple[int, int, int], ...]:
         """Return the parts ``(j, lo, hi)`` of windows that make up the batch of a shard.
 

@@ -20,6 +20,7 @@ from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import numpy as np
     from dask.delayed import Delayed
@@ -141,6 +142,13 @@ class Surveyor:
         surveyor.keys, surveyor.values = stream.shared, dict(stream.values)
         surveyor.futures = list(futures)
         return surveyor
+
+    def keep(self, needed: AbstractSet[Any]) -> None:
+        """Release shared parts that nothing needs any more."""
+        kept = [place for place, key in enumerate(self.keys) if key in needed]
+        self.keys = tuple(self.keys[place] for place in kept)
+        self.values = {key: self.values[key] for key in self.keys if key in self.values}
+        self.futures = [self.futures[place] for place in kept] if self.futures else []
 
     def look(
         self, function: Callable[[tuple[Array, ...]], Any], recipes: Sequence[Recipe], what: str

@@ -120,6 +120,7 @@ def stream_blocks(
     streamed = [number for number, name in enumerate(lazy) if name not in small]
     if small:
         recipes = [recipe.only(streamed) for recipe in recipes]
+    surveyor.keep({key for recipe in recipes for key in recipe.shared})
     stream = Stream(
         recipes=tuple(recipes),
         places=tuple(places[number] for number in streamed),

@@ -366,6 +366,9 @@ class TrainingLoop:
         shown: dict[str, float] = {}
         if self._metrics:
             shown = self._metrics[self._own.start].compute_running()
+        blocks = rows = 0
+        if self._spec.streamed:
+            blocks, rows = self._plan.opened(self._state.step)
         if self._on_progress is not None:
             self._on_progress(
                 Progress(
@@ -375,6 +378,8 @@ class TrainingLoop:
                     loss=self._loss_sum / self._normalizer if self._normalizer else 0.0,
                     metrics=shown,
                     samples_per_s=self._samples / (now - self._started),
+                    blocks=blocks,
+                    bytes=rows * sum(field.row_bytes for field in self._spec.fields),
                 )
             )
 

@@ -52,6 +52,7 @@ class TrainingSpec:
     threads_per_rank: int
     bitwise: bool = True
     device: str = "cpu"
+    streamed: bool = False
     progress_interval_s: float = 0.2
     sample: tuple[np.ndarray[Any, Any], ...] | None = None
 

@@ -94,7 +94,7 @@ def split_originals(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def _enlarge(originals: np.ndarray) -> np.ndarray:
     """Bring (n, 8, 8) of 0 to 16 to (n, 28, 28) of 0 to 255, the digit in the middle."""
-    from scipy import ndimage  # type: ignore[import-untyped]
+    from scipy import ndimage
 
     factor = _INNER / originals.shape[1]
     inner = ndimage.zoom(
