@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -157,6 +158,7 @@ def larger_than_memory(folder: Path, size: int, limit: int, console: Console) ->
     path = folder / "large.zarr"
     began = time.perf_counter()
     write_store(path, rows, IMAGE, BLOCK_BYTES // row)
+    os.sync()  # or the disk is written to while it is measured
     on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     console.print(
         f"wrote {rows:,} images, {format_bytes(size)}, {format_bytes(on_disk)} on disk, in "
