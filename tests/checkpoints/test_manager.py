@@ -91,6 +91,13 @@ def test_the_newest_stay_and_the_best(make):
     assert [name[:10] for name in manager.names()] == ["epoch-0001", "epoch-0003", "epoch-0004"]
 
 
+def test_a_value_that_is_no_number_is_never_the_best(make):
+    manager = make(keep=1, best="val_loss")
+    for epoch, loss in enumerate((float("nan"), 0.5, 0.7, 0.9), start=1):
+        manager.flush_now(content(epoch=epoch, steps=10 * epoch, record={"val_loss": loss}), WAIT_S)
+    assert [int(name.split("-")[1]) for name in manager.names()] == [2, 4]
+
+
 def test_the_newest_is_found_by_number(make):
     manager = make(keep=2)
     for epoch in (9_999, 10_000, 10_001):

@@ -69,6 +69,10 @@ def test_bad_values_are_named(options, named):
     [
         ("val_loss", "auto", False),
         ("mean_squared_error", "auto", False),
+        ("val_mse", "auto", False),
+        ("val_mae", "auto", False),
+        ("rmse", "auto", False),
+        ("r2", "auto", True),
         ("val_accuracy", "auto", True),
         ("val_loss", "max", True),
         ("val_accuracy", "min", False),

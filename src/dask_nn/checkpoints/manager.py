@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import platform
 import re
 import threading
@@ -278,7 +279,9 @@ class CheckpointManager:
             except CheckpointError:
                 continue
             value = record.get(entry or "")
-            if value is not None and (found is None or self._options.is_better(value, found[1])):
+            if value is None or math.isnan(value):  # nothing compares with NaN: it would stay
+                continue
+            if found is None or self._options.is_better(value, found[1]):
                 found = (name, value)
         return None if found is None else found[0]
 

@@ -140,7 +140,8 @@ class Checkpoint:
         if self.best_mode != "auto":
             return self.best_mode == "max"
         name = self.best or ""
-        return not any(word in name for word in ("loss", "error", "perplexity", "seconds"))
+        words = ("loss", "error", "perplexity", "seconds", "mse", "mae")
+        return not any(word in name for word in words)
 
 
 def _whole_url(url: str) -> str:
