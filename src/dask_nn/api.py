@@ -211,4 +211,5 @@ def train(
             recovery=options.recovery,
             checkpoint=options.checkpoint,
             saved=saved,
+            resume=resume,
         )

@@ -26,6 +26,11 @@ def content(epoch=1, steps=10, size=4, **given):
     return CheckpointContent(tree=tree, epoch=epoch, step=0, steps=steps, **given)
 
 
+def write(manager, given):
+    manager.save(given)
+    return manager.wait(WAIT_S)
+
+
 class Told(list):
     def __call__(self, name, details):
         self.append((name, details))
@@ -50,7 +55,8 @@ def make(tmp_path, told):
 
     yield manager
     for each in made:
-        each.close(WAIT_S)
+        each.wait(WAIT_S)
+        each.close()
 
 
 @pytest.fixture
@@ -66,7 +72,7 @@ def test_what_is_saved_is_found_again(make, tmp_path, url):
     manager = make(url or tmp_path / "run")
     given = content(history=[{"epoch": 0.0, "loss": 1.5}], configuration={"shards": 4})
     assert manager.load_latest() is None
-    assert manager.flush_now(given, WAIT_S)
+    assert write(manager, given)
     found, manifest, skipped = manager.load_latest()
     assert not skipped
     assert list(found.tree["weights"]) == ["b.weight", "a.bias"]
@@ -78,7 +84,7 @@ def test_what_is_saved_is_found_again(make, tmp_path, url):
 
 
 def test_the_weights_are_a_file_of_their_own(make, tmp_path):
-    make().flush_now(content(), WAIT_S)
+    write(make(), content())
     (folder,) = (tmp_path / "run").iterdir()
     weights, _ = load_weights(folder / "model.safetensors")
     assert list(weights) == ["b.weight", "a.bias"]
@@ -87,21 +93,21 @@ def test_the_weights_are_a_file_of_their_own(make, tmp_path):
 def test_the_newest_stay_and_the_best(make):
     manager = make(keep=2, best="val_loss")
     for epoch, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
-        manager.flush_now(content(epoch, 10 * epoch, record={"val_loss": loss}), WAIT_S)
+        write(manager, content(epoch, 10 * epoch, record={"val_loss": loss}))
     assert [name[:10] for name in manager.names()] == ["epoch-0001", "epoch-0003", "epoch-0004"]
 
 
 def test_a_value_that_is_no_number_is_never_the_best(make):
     manager = make(keep=1, best="val_loss")
     for epoch, loss in enumerate((float("nan"), 0.5, 0.7, 0.9), start=1):
-        manager.flush_now(content(epoch=epoch, steps=10 * epoch, record={"val_loss": loss}), WAIT_S)
+        write(manager, content(epoch=epoch, steps=10 * epoch, record={"val_loss": loss}))
     assert [int(name.split("-")[1]) for name in manager.names()] == [2, 4]
 
 
 def test_the_newest_is_found_by_number(make):
     manager = make(keep=2)
     for epoch in (9_999, 10_000, 10_001):
-        manager.flush_now(content(epoch=epoch, steps=epoch), WAIT_S)
+        write(manager, content(epoch=epoch, steps=epoch))
     assert [int(name.split("-")[1]) for name in manager.names()] == [10_000, 10_001]
     assert manager.load_latest()[0].epoch == 10_001
 
@@ -109,7 +115,7 @@ def test_the_newest_is_found_by_number(make):
 def test_all_stay(make):
     manager = make(keep=None)
     for epoch in range(5):
-        manager.flush_now(content(epoch, 10 * epoch), WAIT_S)
+        write(manager, content(epoch, 10 * epoch))
     assert len(manager.names()) == 5
 
 
@@ -128,34 +134,34 @@ def test_training_does_not_wait_for_the_disk(make, told, hook):
     manager.save(content(3, 30))
     assert manager.names() == []
     go_on.set()
-    assert manager.close(WAIT_S)
+    assert manager.wait(WAIT_S)
     assert [name[:10] for name in manager.names()] == ["epoch-0001", "epoch-0003"]
     assert told.names.count("checkpoint-skipped") == 1
 
 
 def test_a_full_disk(make, told, tiny_disk):
     manager = make(tiny_disk / "run")
-    assert manager.flush_now(content(1, 10), WAIT_S)
-    manager.flush_now(content(2, 20, size=100_000), WAIT_S)
+    assert write(manager, content(1, 10))
+    write(manager, content(2, 20, size=100_000))
     assert told.names == ["checkpoint", "checkpoint-failed"]
     assert "No space left" in told[-1][1]["reason"]
     assert manager.load_latest()[1].steps == 10
     assert len(list((tiny_disk / "run").iterdir())) == 1
-    manager.flush_now(content(3, 30), WAIT_S)
+    write(manager, content(3, 30))
     assert manager.load_latest()[1].steps == 30
 
 
 DYING = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
-from tests.checkpoints.test_manager import content
+from tests.checkpoints.test_manager import content, write
 from dask_nn import faults
 from dask_nn.checkpoints.manager import CheckpointManager
 from dask_nn.checkpoints.options import Checkpoint
 manager = CheckpointManager(Checkpoint(sys.argv[1]))
-manager.flush_now(content(1, 10), 20)
+write(manager, content(1, 10))
 faults.hook = lambda point, place: os.kill(os.getpid(), signal.SIGKILL)
-manager.flush_now(content(2, 20), 20)
+write(manager, content(2, 20))
 """
 
 
@@ -167,7 +173,7 @@ def test_a_process_that_dies_while_it_writes(make, tmp_path):
     assert done.returncode == -signal.SIGKILL
     manager = make()
     assert manager.load_latest()[1].steps == 10
-    manager.flush_now(content(2, 20), WAIT_S)
+    write(manager, content(2, 20))
     assert manager.load_latest()[1].steps == 20
 
 
@@ -176,7 +182,7 @@ def test_a_process_that_dies_while_it_writes(make, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(make, tmp_path, file, harm):
     manager = make()
     for epoch in (1, 2):
-        manager.flush_now(content(epoch, 10 * epoch), WAIT_S)
+        write(manager, content(epoch, 10 * epoch))
     path = tmp_path / "run" / manager.names()[-1] / file
     data = bytearray(path.read_bytes())
     match harm:
@@ -207,27 +213,27 @@ class Malicious:
 
 def test_a_damaged_checkpoint_is_written_again(make, tmp_path):
     manager = make()
-    manager.flush_now(content(), WAIT_S)
+    write(manager, content())
     path = tmp_path / "run" / manager.names()[-1] / "model.safetensors"
     path.write_bytes(b"")
-    manager.flush_now(content(), WAIT_S)
+    write(manager, content())
     assert manager.load_latest()[1].steps == 10
 
 
 def test_the_same_checkpoint_is_not_written_twice(make, tmp_path):
     manager = make()
-    manager.flush_now(content(), WAIT_S)
+    write(manager, content())
     path = tmp_path / "run" / manager.names()[-1] / "manifest.json"
     before = path.stat().st_mtime_ns
     time.sleep(0.01)
-    manager.flush_now(content(), WAIT_S)
+    write(manager, content())
     assert path.stat().st_mtime_ns == before
 
 
 def test_no_valid_one_is_an_error_that_lists_them(make, tmp_path):
     manager = make()
     for epoch in (1, 2):
-        manager.flush_now(content(epoch, 10 * epoch), WAIT_S)
+        write(manager, content(epoch, 10 * epoch))
         (tmp_path / "run" / manager.names()[-1] / "state.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)epoch-0002.*epoch-0001"):
         manager.load_latest()
@@ -235,12 +241,107 @@ def test_no_valid_one_is_an_error_that_lists_them(make, tmp_path):
 
 def test_a_place_that_cannot_be_written(make, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file/run"):
-        make(tmp_path / "file" / "run").check_writable()
-    make().check_writable()
+    with pytest.raises(CheckpointError, match="file/run"), make(tmp_path / "file" / "run").probe():
+        pass
+    with make().probe() as name:
+        assert make().has_probe(name)
+    assert not make().has_probe(name)
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_kind_of_storage_that_is_not_known(make):
     with pytest.raises(CheckpointError, match="nowhere://"):
         make("nowhere://bucket/run")
+
+
+def test_what_an_interrupted_write_left_is_removed_once_something_newer_is_whole(make, tmp_path):
+    run = tmp_path / "run"
+    for name in ("epoch-0001-step-000000010", ".epoch-0001-step-000000010.0a1b2c3d"):
+        (run / name).mkdir(parents=True)
+        (run / name / "model.safetensors").write_bytes(b"half")
+    (run / ".epoch-0009-step-000000090.0a1b2c3d").mkdir()  # somebody may be at work on it
+    (run / "notes").mkdir()
+    write(make(), content(2, 20))
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".epoch-0009-step-000000090.0a1b2c3d",
+        "epoch-0002-step-000000020",
+        "notes",
+    ]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_writers_of_one_checkpoint(make, hook, told, same):
+    """A rank that was given up wakes up while, or after, its successor wrote the same step."""
+    entered, go_on, first = threading.Event(), threading.Event(), []
+
+    def wait(point, place):
+        if not first:
+            first.append(threading.current_thread())
+        if threading.current_thread() is first[0]:
+            entered.set()
+            go_on.wait(WAIT_S)
+
+    hook(wait)
+    late, quick = make(), make()
+    late.save(content(2, 20))
+    assert entered.wait(WAIT_S)
+    assert write(quick, content(2, 20, size=4 if same else 8))
+    quick_wrote = quick.load_latest()[0].tree["weights"]["b.weight"].numel()
+    assert quick_wrote == (4 if same else 8)
+    go_on.set()
+    assert late.wait(WAIT_S)
+    assert told.names == ["checkpoint", "checkpoint"]
+    assert len(quick.names()) == 1
+    found, _, skipped = quick.load_latest()
+    assert not skipped
+    assert found.tree["weights"]["b.weight"].numel() == 4
+
+
+def test_a_late_writer_that_fails_leaves_what_its_successor_wrote(make, hook, told, tmp_path):
+    entered, go_on, first = threading.Event(), threading.Event(), []
+
+    def fail_late(point, place):
+        if not first:
+            first.append(threading.current_thread())
+        if threading.current_thread() is first[0]:
+            entered.set()
+            go_on.wait(WAIT_S)
+            raise OSError(28, "No space left on device")
+
+    hook(fail_late)
+    late, quick = make(), make()
+    late.save(content(2, 20))
+    assert entered.wait(WAIT_S)
+    assert write(quick, content(2, 20))
+    go_on.set()
+    assert late.wait(WAIT_S)
+    assert told.names == ["checkpoint", "checkpoint-failed"]
+    assert quick.load_latest()[1].steps == 20
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_equal_states_are_equal_bytes(make, tmp_path):
+    write(make(tmp_path / "one"), content())
+    write(make(tmp_path / "two"), content())
+    for file in ("model.safetensors", "state.safetensors"):
+        one, two = (next((tmp_path / n).iterdir()) / file for n in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_object_store_keeps_retires_and_survives_a_failure(make, hook, told):
+    url = "memory://dask-nn-test/kept"
+    manager = make(url, keep=2, best="val_loss")
+    for epoch, loss in ((1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3)):
+        write(manager, content(epoch, 10 * epoch, record={"val_loss": loss}))
+    assert [name[:10] for name in manager.names()] == ["epoch-0002", "epoch-0003", "epoch-0004"]
+
+    def fail(point, place):
+        raise OSError(5, "Input/output error")
+
+    hook(fail)
+    write(manager, content(5, 50, record={"val_loss": 0.2}))
+    assert told.names[-1] == "checkpoint-failed"
+    assert manager.load_latest()[1].steps == 40
+    hook(None)
+    write(manager, content(4, 40, size=9, record={"val_loss": 0.3}))  # in place of what was there
+    assert manager.load_latest()[0].tree["weights"]["b.weight"].numel() == 9

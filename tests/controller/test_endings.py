@@ -22,7 +22,7 @@ from torch.optim import SGD
 
 import dask_nn
 from dask_nn.callbacks.base import Callback
-from dask_nn.controller import worker_side
+from dask_nn.controller import rank_handles, worker_side
 from dask_nn.errors import NonFiniteLoss, RankFailed, TrainingInterrupted, WorkerLost
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def state_of_worker() -> dict[str, Any]:
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
     return {
         "threads": [name for name in names if name.startswith("dask-nn")],
-        "handles": sorted(worker_side._handles),
+        "handles": sorted(rank_handles._handles),
         "memory": [line for line in mapped.splitlines() if "dask-nn" in line],
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),

@@ -36,7 +36,7 @@ def slow_down(client: Any, folder: Path, seconds: float) -> None:
 
 
 def ranks_at_work() -> int:
-    from dask_nn.controller.worker_side import _handles
+    from dask_nn.controller.rank_handles import _handles
 
     return sum(map(len, _handles.values()))
 

@@ -13,7 +13,7 @@ import pytest
 from distributed import WorkerPlugin
 
 import dask_nn
-from dask_nn.controller import worker_side
+from dask_nn.controller import rank_handles, worker_side
 from dask_nn.errors import RankFailed, WorkerLost
 from dask_nn.testing.faults import Fault, fail_at, install
 
@@ -286,7 +286,7 @@ def test_a_rank_is_not_started_twice(job, make_cluster, heard, tmp_path):
     answers: list[Any] = []
 
     def twin(dask_worker: Any) -> str:
-        from dask_nn.controller.worker_side import _handles
+        from dask_nn.controller.rank_handles import _handles
 
         return [(gang, handle.rank) for gang, found in _handles.items() for handle in found]
 
@@ -312,8 +312,8 @@ def test_a_rank_is_not_started_twice(job, make_cluster, heard, tmp_path):
     ]
 
     def occupy(dask_worker: Any) -> None:
-        worker_side._handles["twin", 0].append(
-            worker_side.RankHandle(
+        rank_handles._handles["twin", 0].append(
+            rank_handles.RankHandle(
                 0, __import__("threading").Event(), __import__("threading").Event()
             )
         )

@@ -90,6 +90,11 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "worker-refused": lambda d: f"worker {d['address']} takes no part: {d['reason']}",
     "checkpoint-failed": lambda d: f"a checkpoint could not be written: {d['reason']}",
     "checkpoint-refused": lambda d: f"the checkpoint {d['path']} is passed over: {d['reason']}",
+    "saving": lambda d: f"waiting for the last checkpoint to be written to {d['path']}",
+    "no-checkpoint": lambda d: f"no checkpoint in {d['path']}: beginning anew",
+    "other-torch": lambda d: (
+        f"the checkpoint was written with torch {d['saved']}, this is {d['now']}: bits may differ"
+    ),
     "streaming": _streaming,
     "window-reduced": lambda d: (
         f"shuffling among {d['window']} blocks instead of {d['wanted']}: more do not fit a worker"

@@ -7,18 +7,18 @@ import logging
 import math
 import platform
 import re
-import threading
 import time
 import uuid
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from dask_nn import faults
+from dask_nn.checkpoints.background import BackgroundWriter
 from dask_nn.checkpoints.codec import decode, encode
 from dask_nn.checkpoints.manifest import Manifest, StoredFile
 from dask_nn.checkpoints.serialization import weights_to_bytes
@@ -26,7 +26,9 @@ from dask_nn.checkpoints.storage import Storage
 from dask_nn.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    import torch
 
     from dask_nn.checkpoints.options import Checkpoint
 
@@ -38,6 +40,8 @@ STATE = "state.safetensors"
 # The model's tensors have a file of their own, which evaluate and predict can read.
 WEIGHTS = "weights/"
 NAME = re.compile(r"epoch-\d{4,}-step-\d{9,}")
+# A folder that is being written, or one that never got its manifest.
+UNFINISHED = re.compile(rf"\.?({NAME.pattern})(?:\.[0-9a-f]+)?")
 NUMBER = re.compile(r"\d+")
 PACKAGES = ("dask-nn", "torch", "numpy", "dask", "distributed", "safetensors")
 
@@ -99,11 +103,7 @@ class CheckpointManager:
         self._options = options
         self._on_event = on_event
         self._storage = Storage(str(options.url))
-        self._condition = threading.Condition()
-        self._pending: CheckpointContent | None = None
-        self._busy = False
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._writer = BackgroundWriter(self._write_or_warn)
 
     # Writing
 
@@ -112,32 +112,28 @@ class CheckpointManager:
 
         If the one before has not even begun when the next is ready, only the newer is written.
         """
-        with self._condition:
-            skipped, self._pending = self._pending, content
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="dask-nn-checkpoints", daemon=True
-                )
-                self._thread.start()
-            self._condition.notify_all()
+        skipped = self._writer.put(content)
         if skipped is not None:
             self._tell("checkpoint-skipped", skipped, reason="the storage is slower than the run")
 
-    def flush_now(self, content: CheckpointContent, timeout_s: float) -> bool:
-        """Write a checkpoint and wait for it; tell whether everything is written."""
-        self.save(content)
-        return self._wait(timeout_s)
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until everything is written; tell whether it is."""
+        return self._writer.wait(timeout_s)
 
-    def close(self, timeout_s: float) -> bool:
-        """Wait for what is being written, and end; tell whether everything is written."""
-        done = self._wait(timeout_s)
-        with self._condition:
-            self._closed = True
-            self._condition.notify_all()
-        return done
+    def give_up(self, reason: str) -> None:
+        """Tell that what is not written yet is not waited for any longer."""
+        unwritten = self._writer.unwritten
+        if unwritten is not None:
+            logger.warning("%s is not written yet: %s", self._path(unwritten), reason)
+            self._tell("checkpoint-failed", unwritten, reason=reason)
 
-    def check_writable(self) -> None:
-        """Write, read and remove a small file.
+    def close(self) -> None:
+        """Take nothing more; what is under way is written to its end, as far as time allows."""
+        self._writer.close()
+
+    @contextmanager
+    def probe(self) -> Iterator[str]:
+        """Write and read a small file, and give its name until it is removed again.
 
         Raises
         ------
@@ -148,34 +144,21 @@ class CheckpointManager:
         try:
             self._storage.write("", name, probe)
             found = self._storage.read("", name)
-            self._storage.remove("", name)
         except Exception as error:  # file systems raise errors of their own kinds
             message = f"checkpoints cannot be written to {self._storage.url}: {_reason(error)}"
             raise CheckpointError(message) from error
         if found != probe:
             message = f"{self._storage.url} does not give back what is written to it"
             raise CheckpointError(message)
+        try:
+            yield name
+        finally:
+            with suppress(Exception):  # who can write a file can as well leave it
+                self._storage.remove("", name)
 
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._pending is not None or self._closed)
-                content, self._pending = self._pending, None
-                if content is None:
-                    return
-                self._busy = True
-            try:
-                self._write_or_warn(content)
-            finally:
-                with self._condition:
-                    self._busy = False
-                    self._condition.notify_all()
-
-    def _wait(self, timeout_s: float) -> bool:
-        with self._condition:
-            return self._condition.wait_for(
-                lambda: self._pending is None and not self._busy, timeout_s
-            )
+    def has_probe(self, name: str) -> bool:
+        """Tell whether a file of `probe` can be seen from here."""
+        return self._storage.exists("", name)
 
     def _write_or_warn(self, content: CheckpointContent) -> None:
         """Write; training goes on whatever happens here."""
@@ -216,49 +199,64 @@ class CheckpointManager:
             packages=_versions(),
         )
         folder = content.name
-        if self._holds(folder, manifest, tensors):
+        if self._holds(folder, manifest):
             return
+        written = self._storage.begin(folder)
         try:
             # Without a manifest it counts as none, until all of it is there.
-            self._storage.remove(folder, MANIFEST)
+            self._storage.remove(written, MANIFEST)
             for name, data in files.items():
-                self._storage.write(folder, name, data)
+                self._storage.write(written, name, data)
                 if faults.hook is not None:
                     faults.hook("writing a checkpoint", {"step": content.steps})
-            self._storage.write(folder, MANIFEST, manifest.to_bytes())
+            self._storage.write(written, MANIFEST, manifest.to_bytes())
+            self._put_in_place(written, folder, manifest)
         except Exception:
-            self._storage.remove(folder)
+            with suppress(Exception):  # what went wrong first says more
+                if not self._storage.exists(written, MANIFEST) or written != folder:
+                    self._storage.remove(written)
             raise
 
-    def _holds(self, folder: str, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> bool:
+    def _put_in_place(self, written: str, folder: str, manifest: Manifest) -> None:
+        try:
+            self._storage.commit(written, folder)
+        except FileExistsError:
+            # A rank that was given up may write what its successor has written meanwhile.
+            if self._holds(folder, manifest):
+                self._storage.remove(written)
+                return
+            self._remove(folder)
+            self._storage.commit(written, folder)
+
+    def _holds(self, folder: str, manifest: Manifest) -> bool:
         """Tell whether the very same state lies there: a run that lost time comes by again."""
         if not self._storage.exists(folder, MANIFEST):
             return False
         try:
-            content, found = self._load(folder)
+            _, found = self._load(folder)
         except CheckpointError:
             return False
-        # Not the bytes of the files: safetensors writes its metadata in any order.
-        held: dict[str, torch.Tensor] = {}
-        encode(content.tree, held)
-        return (
-            found.configuration == manifest.configuration
-            and held.keys() == tensors.keys()
-            and all(torch.equal(held[name], tensor.cpu()) for name, tensor in tensors.items())
-        )
+        return found.configuration == manifest.configuration and found.files == manifest.files
 
     def _retire(self) -> None:
-        """Remove what need not be kept."""
+        """Remove what need not be kept, and what was begun before that and never finished."""
+        names = self.names()
+        for name in self._storage.folders():
+            whole = UNFINISHED.fullmatch(name)
+            if name not in names and whole and names and _place(whole[1]) < _place(names[-1]):
+                self._storage.remove(name)
         if self._options.keep is None:
             return
-        names = self.names()
         keep = set(names[-self._options.keep :])
         best = self.best() if self._options.best is not None else None
         for name in names:
             if name not in keep and name != best:
-                # The manifest first: what remains after an interruption counts as none.
-                self._storage.remove(name, MANIFEST)
-                self._storage.remove(name)
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        # The manifest first: what remains after an interruption counts as none.
+        self._storage.remove(name, MANIFEST)
+        self._storage.remove(name)
 
     # Reading
 
@@ -266,8 +264,7 @@ class CheckpointManager:
         """Give the names of all checkpoints with a manifest, oldest first."""
         names = (name for name in self._storage.folders() if NAME.fullmatch(name))
         found = [name for name in names if self._storage.exists(name, MANIFEST)]
-        # By number: epoch 10000 comes after epoch 9999.
-        return sorted(found, key=lambda name: [int(part) for part in NUMBER.findall(name)])
+        return sorted(found, key=_place)
 
     def best(self) -> str | None:
         """Give the name of the best checkpoint by ``Checkpoint.best``; None if none has it."""
@@ -372,6 +369,11 @@ class CheckpointManager:
                     **details,
                 },
             )
+
+
+def _place(name: str) -> list[int]:
+    """Give the numbers in a name: epoch 10000 comes after epoch 9999."""
+    return [int(part) for part in NUMBER.findall(name)]
 
 
 @functools.cache

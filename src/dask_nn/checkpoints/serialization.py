@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["load_weights", "save_weights", "weights_sha256", "weights_to_bytes"]
 
 # safetensors writes tensors sorted by dtype and name; the order of the state dict is kept apart.
-_ORDER = "dask_nn.order"
-_SHA256 = "dask_nn.weights_sha256"
+# One entry: safetensors writes several in any order, and equal weights should give equal bytes.
+_ENTRY = "dask_nn"
 
 
 def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -91,8 +91,7 @@ def weights_to_bytes(
     }
     header = {
         **(metadata or {}),
-        _ORDER: json.dumps(list(tensors)),
-        _SHA256: weights_sha256(tensors),
+        _ENTRY: json.dumps({"order": list(tensors), "sha256": weights_sha256(tensors)}),
     }
     return save(tensors, metadata=header)
 
@@ -132,15 +131,16 @@ def load_weights(
         message = f"{target}: expected a whole safetensors file of weights, but {error}"
         raise CheckpointError(message) from error
 
-    order = metadata.pop(_ORDER, None)
-    expected = metadata.pop(_SHA256, None)
-    if order is not None:
-        names = json.loads(order)
-        if sorted(names) != sorted(tensors):
-            message = f"{target}: its header names the tensors {names}, it holds {list(tensors)}"
-            raise CheckpointError(message)
-        tensors = {name: tensors[name] for name in names}
-    if expected is not None and (found := weights_sha256(tensors)) != expected:
+    entry = metadata.pop(_ENTRY, None)
+    if entry is None:
+        return tensors, metadata
+    header = json.loads(entry)
+    names, expected = header["order"], header["sha256"]
+    if sorted(names) != sorted(tensors):
+        message = f"{target}: its header names the tensors {names}, it holds {list(tensors)}"
+        raise CheckpointError(message)
+    tensors = {name: tensors[name] for name in names}
+    if (found := weights_sha256(tensors)) != expected:
         message = (
             f"{target}: corrupt, the SHA-256 of its weights is {found}, expected {expected}; "
             "save the weights again"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,9 @@ __all__ = ["Storage"]
 class Storage:
     """A folder of checkpoints.
 
-    On a local (or mounted) file system every file is written aside, synchronised to disk and
-    renamed; object stores make a file appear whole or not at all by themselves.
+    On a local (or mounted) file system every file, and every folder of files, is written aside,
+    synchronised to disk and renamed; object stores make a file appear whole or not at all by
+    themselves.
 
     Parameters
     ----------
@@ -91,6 +94,31 @@ class Storage:
         with whole_file(target) as file:
             file.write(data)
         _sync_folder(Path(target).parent)
+
+    def begin(self, folder: str) -> str:
+        """Give the name under which a folder is written, until it is whole."""
+        return f".{folder}.{uuid.uuid4().hex[:8]}" if self._is_local else folder
+
+    def commit(self, written: str, folder: str) -> None:
+        """Give a folder that is whole its own name.
+
+        Raises
+        ------
+        FileExistsError
+            If there is such a folder.
+        """
+        if written == folder:
+            return
+        target = Path(self._root_of(folder))
+        if target.exists():
+            raise FileExistsError(target)
+        try:
+            Path(self._root_of(written)).rename(target)
+        except OSError as error:
+            if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise FileExistsError(target) from error
+            raise
+        _sync_folder(target.parent)
 
     def remove(self, folder: str, name: str | None = None) -> None:
         """Remove a file or a whole folder, if it is there."""

@@ -130,7 +130,7 @@ class GangWatch:
                     raise
                 end.interrupted = True
                 end.deadline = time.monotonic() + STOP_S
-                group.signal("leave", self._membership.removed)
+                group.signal("finish", self._membership.removed)
 
     def wait(self) -> None:
         """Wait until something happens, or a moment."""
@@ -194,7 +194,9 @@ class GangWatch:
         if self._messages.save_wanted and not end.interrupted:
             self._messages.save_wanted = False
             group.signal("save", removed)
-        if end.deadline is None or time.monotonic() < end.deadline:
+        if end.deadline is None or time.monotonic() < max(
+            end.deadline, self._messages.saving_until
+        ):
             return False
         if not end.interrupted:
             end.cause, end.reason = "hung", "did not end when asked to"

@@ -24,9 +24,9 @@ from distributed.client import FutureCancelledError
 
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.controller.cluster import scheduler_address
-from dask_nn.controller.graph_steps import BlockTasks, StepTasks
+from dask_nn.controller.graph_steps import BlockTasks, StepTasks, same_bits
 from dask_nn.data.sending import send
-from dask_nn.errors import ClusterError, IncompatibleWorkers, RankFailed, WorkerLost
+from dask_nn.errors import ClusterError, RankFailed, WorkerLost
 from dask_nn.events import Event, Progress
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.training.checkpointing import Checkpointer
@@ -150,6 +150,12 @@ class _GraphRun:
                 on_event=self._tell,
             )
         self.interrupted = False
+        self._cut_short = False
+
+    def _pass_on(self) -> None:
+        """Tell, in this thread, what the thread that writes checkpoints had to tell."""
+        while not self._told.empty():
+            self._listener.on_event(self._told.get())
 
     def _tell(self, name: str, details: dict[str, Any]) -> None:
         self._told.put(Event(name=name, time_s=time.time(), details=details))
@@ -168,29 +174,9 @@ class _GraphRun:
 
     def compare_workers(self, addresses: list[str]) -> None:
         """Check that the workers compute the same bits."""
-        futures = [
-            self._client.submit(
-                tasks.canary, self._payload, self._run_id, workers=[address], pure=False
-            )
-            for address in addresses
-        ]
-        try:
-            digests = self._client.gather(futures)
-        finally:
-            for future in futures:
-                future.release()
-        different = [
-            address
-            for address, digest in zip(addresses, digests, strict=True)
-            if digest != digests[0]
-        ]
-        if different and self._spec.bitwise:
-            message = (
-                f"the same batch gives other bits on {', '.join(different)} than on "
-                f"{addresses[0]}; use workers of one kind, or Synchronous(bitwise=False)"
-            )
-            raise IncompatibleWorkers(message)
-        self._bitwise = not different
+        self._bitwise = same_bits(
+            self._client, self._payload, self._run_id, addresses, refuse=self._spec.bitwise
+        )
 
     def train(self) -> RankOutcome:
         """Go through the epochs; Ctrl-C ends them with the last snapshot that is known."""
@@ -204,6 +190,9 @@ class _GraphRun:
             self._history = list(self._start.history)
             self._state = send(self._client, self._start)
         epoch_start = self._latest
+        self._cut_short = True  # until it is known how the run ended: what it reached is saved
+        if self._checkpointer is not None:
+            self._checkpointer.begin(self)
         status: Status = "stopped"
         try:
             for epoch in range(self._latest.epoch, self._spec.epochs):
@@ -219,6 +208,7 @@ class _GraphRun:
                 status = "finished"
         except KeyboardInterrupt:
             self.interrupted = True
+        self._cut_short = self.interrupted
         snapshot = self._latest
         if snapshot.non_finite:
             status = "non_finite"
@@ -248,9 +238,9 @@ class _GraphRun:
         return self._latest.steps
 
     @property
-    def first_steps(self) -> int:
-        """Steps completed when this run began."""
-        return self._start.steps if self._start is not None else 0
+    def epoch(self) -> int:
+        """Epochs completed over the whole run."""
+        return self._latest.epoch
 
     def snapshot(self) -> Snapshot:
         """Give the latest state with the records of the finished epochs."""
@@ -259,11 +249,11 @@ class _GraphRun:
     def close(self) -> None:
         """Let the workers forget the run."""
         if self._checkpointer is not None:
-            if self.interrupted:
-                self._checkpointer.save_now(self.snapshot())
+            if self._cut_short:
+                self._checkpointer.save(self.snapshot())
+            self._checkpointer.finish(self._pass_on)
             self._checkpointer.close()
-        while not self._told.empty():
-            self._listener.on_event(self._told.get())
+        self._pass_on()
         with contextlib.suppress(Exception):
             self._client.run(tasks.forget_benches, self._run_id, on_error="ignore")
 
@@ -291,6 +281,9 @@ class _GraphRun:
                     samples_per_s=samples / (time.perf_counter() - started),
                 )
             )
+            if self._checkpointer is not None and steps.stop < plan.num_steps:
+                self._checkpointer.after_step(self)
+            self._pass_on()
         seconds = time.perf_counter() - started
         record = {"epoch": float(epoch), "loss": _mean_loss(self._latest)}
         record |= self._metrics(partials) | self._persist(self._validate)

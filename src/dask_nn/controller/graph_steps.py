@@ -12,6 +12,7 @@ from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.data.stream import Stream
+from dask_nn.errors import IncompatibleWorkers
 from dask_nn.training.layout import LeafLayout
 
 if TYPE_CHECKING:
@@ -200,3 +201,34 @@ class _Windows:
         for shard, j in list(self._futures):
             if self.plan.windows(shard)[j].stop <= t * self.plan.shard_batch_size:
                 del self._futures[shard, j]
+
+
+def same_bits(
+    client: Client, payload: Future[Any], run_id: str, addresses: list[str], *, refuse: bool
+) -> bool:
+    """Tell whether workers compute the same bits from the run's sample.
+
+    Raises
+    ------
+    IncompatibleWorkers
+        If they do not and such workers are to be refused; names them.
+    """
+    futures = [
+        client.submit(tasks.canary, payload, run_id, workers=[address], pure=False)
+        for address in addresses
+    ]
+    try:
+        digests = client.gather(futures)
+    finally:
+        for future in futures:
+            future.release()
+    different = [
+        address for address, digest in zip(addresses, digests, strict=True) if digest != digests[0]
+    ]
+    if different and refuse:
+        message = (
+            f"the same batch gives other bits on {', '.join(different)} than on {addresses[0]}; "
+            "use workers of one kind, or Synchronous(bitwise=False)"
+        )
+        raise IncompatibleWorkers(message)
+    return not different

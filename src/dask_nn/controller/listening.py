@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from dask_nn.controller.heartbeats import Heartbeats
+    from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["Listener", "RankMessages"]
+
+# A rank that waits for its checkpoint says so more often than this.
+SAVING_S = 5.0
+# What a rank of an older gang had begun to write counts when it is written.
+LATE_EVENTS = frozenset({"checkpoint", "checkpoint-failed", "checkpoint-skipped"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,12 @@ class RankMessages:
         Workers of ranks that are about to close.
     save_wanted : bool
         Whether the time of a rank's job is about to end.
+    saving_until : float
+        Until when, by ``time.monotonic()``, a rank that should have ended is left alone, because it
+        waits for a checkpoint to be written.
+    saved : tuple of (int, int, float)
+        Epoch and steps of the newest checkpoint of this run that is known to be whole, and when,
+        by ``time.monotonic()``, that became known.
     """
 
     def __init__(
@@ -79,6 +91,8 @@ class RankMessages:
         self.generation = 0
         self.leaving: set[str] = set()
         self.save_wanted = False
+        self.saving_until = 0.0
+        self.saved = (0, 0, time.monotonic())
 
     def subscribe(self) -> None:
         """Begin to hear."""
@@ -89,6 +103,11 @@ class RankMessages:
         del self._on_start, self._listener
         self._client.unsubscribe_topic(self._topic)
 
+    def note_start_from(self, start: Snapshot | None) -> None:
+        """Know that the run starts from a checkpoint, or from its beginning."""
+        position = (0, 0) if start is None else start.position
+        self.saved = (*position, time.monotonic())
+
     def deliver(self) -> None:
         """Pass on what was heard, oldest first."""
         while True:
@@ -98,6 +117,8 @@ class RankMessages:
                 return
             if message["generation"] == self.generation:
                 self._heartbeats.note(message["rank"], message["heard"])
+                self._pass_on(message)
+            elif message["kind"] == "event" and message["details"]["name"] in LATE_EVENTS:
                 self._pass_on(message)
 
     def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
@@ -114,6 +135,8 @@ class RankMessages:
                 self.leaving.add(details["address"])
             case "walltime":
                 self.save_wanted = True
+            case "saving":
+                self.saving_until = message["heard"] + SAVING_S
             case "start":
                 self._on_start(time_s, details)
             case "progress":
@@ -124,6 +147,9 @@ class RankMessages:
                 self._listener.on_event(Event(name="epoch", time_s=time_s, details=record))
             case "event":
                 name = details.pop("name")
+                if name == "checkpoint":
+                    place = (details["epoch"], details["steps"], message["heard"])
+                    self.saved = max(self.saved, place)
                 self._listener.on_event(Event(name=name, time_s=time_s, details=details))
             case kind:
                 error = f"a rank sent a message of unknown kind {kind!r}"

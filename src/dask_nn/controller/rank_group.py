@@ -12,7 +12,8 @@ from distributed import KilledWorker
 
 from dask_nn.collectives.choose import RankPlace, choose
 from dask_nn.controller.cluster import ask_workers
-from dask_nn.controller.worker_side import RankPayload, Seat, run_rank, signal_ranks
+from dask_nn.controller.rank_handles import signal_ranks
+from dask_nn.controller.worker_side import RankPayload, Seat, run_rank
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:

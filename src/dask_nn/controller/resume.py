@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dask_nn.checkpoints.codec import encode
+from dask_nn.controller.cluster import ask_workers
 from dask_nn.data.plan import PLAN_VERSION
-from dask_nn.errors import ConfigurationError
-from dask_nn.training.checkpointing import load_newest, prepare_storage
+from dask_nn.errors import CheckpointError, ConfigurationError
+from dask_nn.training.checkpointing import load_newest, prepare_storage, sees_storage
 from dask_nn.training.state import TrainingState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from distributed import Client
 
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.training.snapshot import Snapshot
     from dask_nn.training.spec import TrainingSpec
 
-__all__ = ["SavedRun", "describe_run", "open_checkpoints"]
+__all__ = [
+    "SavedRun",
+    "check_best",
+    "check_shared",
+    "describe_run",
+    "newest_checkpoint",
+    "open_checkpoints",
+]
 
+# A worker that does not answer within this time is not accused.
+SEE_S = 10.0
 REMEDIES = {
     "shards": "pass strategy=Synchronous(shards=...) as before",
     "data": "the rows, their types or their chunks changed; rechunk them as before",
@@ -44,12 +57,15 @@ class SavedRun:
         Where it was read.
     skipped : tuple of (str, str)
         Newer checkpoints that could not be used, and why.
+    torch : str
+        The version of torch that wrote it.
     """
 
     snapshot: Snapshot
     configuration: Mapping[str, Any]
     path: str
     skipped: tuple[tuple[str, str], ...] = ()
+    torch: str = ""
 
     def check(self, configuration: Mapping[str, Any]) -> None:
         """Check that a run would go on with the same bits.
@@ -85,22 +101,59 @@ def open_checkpoints(checkpoint: Checkpoint | None, *, resume: bool) -> SavedRun
     """
     if checkpoint is None:
         return None
-    occupied = prepare_storage(checkpoint)
-    if not resume:
-        if occupied:
-            message = (
-                f"{checkpoint.url} already has checkpoints; go on with resume=True "
-                "(--resume), or choose another folder"
-            )
-            raise ConfigurationError(message)
-        return None
+    with prepare_storage(checkpoint) as (_, occupied):
+        pass
+    if resume:
+        return newest_checkpoint(checkpoint)
+    if occupied:
+        message = (
+            f"{checkpoint.url} already has checkpoints; go on with resume=True "
+            "(--resume), or choose another folder"
+        )
+        raise ConfigurationError(message)
+    return None
+
+
+def newest_checkpoint(checkpoint: Checkpoint) -> SavedRun | None:
+    """Read the newest valid checkpoint; None if there is none at all.
+
+    Raises
+    ------
+    CheckpointError
+        If there are some, but none is valid.
+    """
     found = load_newest(checkpoint)
     if found is None:
         return None
-    snapshot, configuration, path, skipped = found
+    snapshot, manifest, path, skipped = found
     return SavedRun(
-        snapshot=snapshot, configuration=configuration, path=path, skipped=tuple(skipped)
+        snapshot=snapshot,
+        configuration=manifest.configuration,
+        path=path,
+        skipped=tuple(skipped),
+        torch=manifest.packages.get("torch", "").split("+")[0],
     )
+
+
+def check_shared(checkpoint: Checkpoint, client: Client, addresses: Sequence[str]) -> None:
+    """Check that workers see the place of the checkpoints, which the client can write.
+
+    Raises
+    ------
+    CheckpointError
+        Names those that do not.
+    """
+    with prepare_storage(checkpoint) as (name, _):
+        answers = ask_workers(
+            client, sees_storage, addresses, checkpoint, name, timeout_s=SEE_S
+        ).result(2 * SEE_S)
+    blind = [address for address in addresses if answers.get(address) is False]
+    if blind:
+        message = (
+            f"{checkpoint.url} of this process is another place on {', '.join(blind)}: checkpoints "
+            "need a folder that all workers and the client share, or an object store"
+        )
+        raise CheckpointError(message)
 
 
 def check_best(checkpoint: Checkpoint, spec: TrainingSpec, *, validated: bool) -> None:
@@ -160,6 +213,30 @@ def describe_run(spec: TrainingSpec, *, saved: bool = False) -> dict[str, Any]:
         "num_samples": sum(spec.block_lengths),
         "data": hashlib.sha256(data.encode()).hexdigest()[:16],
         "model": hashlib.sha256(model.encode()).hexdigest()[:16],
-        "optimizer": type(state.optimizer).__name__,
+        "optimizer": _describe_optimizer(state.optimizer),
+        "lr_scheduler": _describe_scheduler(state.scheduler, spec.lr_scheduler_every),
+        "loss": _name(spec.loss),
+        "transform": _name(spec.transform),
         "clip_grad_norm": spec.clip_grad_norm,
     }
+
+
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    groups = [
+        ", ".join(f"{name}={value}" for name, value in sorted(group.items()) if name != "params")
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__}({'; '.join(groups)})"
+
+
+def _describe_scheduler(scheduler: Any, every: str) -> str:
+    return "none" if scheduler is None else f"{type(scheduler).__name__}, every {every}"
+
+
+def _name(function: Any) -> str:
+    """Name a function or a module; what a function does cannot be compared."""
+    if isinstance(function, torch.nn.Module):
+        return repr(function)
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__name__))

@@ -8,10 +8,18 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dask_nn.controller.graph import run_graph
 from dask_nn.controller.listening import Listener
 from dask_nn.controller.rank_group import choose_collective
-from dask_nn.controller.resume import SavedRun, check_best, describe_run, open_checkpoints
+from dask_nn.controller.resume import (
+    SavedRun,
+    check_best,
+    check_shared,
+    describe_run,
+    newest_checkpoint,
+)
 from dask_nn.controller.spmd import run_spmd
 from dask_nn.controller.worker_side import RankPayload
 from dask_nn.errors import NonFiniteLoss, RankFailed, TrainingInterrupted
@@ -49,6 +57,7 @@ def execute(
     recovery: Recovery,
     checkpoint: Checkpoint | None,
     saved: SavedRun | None,
+    resume: bool = False,
 ) -> TrainingResult:
     """Train and give the result.
 
@@ -72,6 +81,8 @@ def execute(
         Where the run is saved.
     saved : SavedRun, optional
         The checkpoint from which to go on.
+    resume : bool
+        Whether one was asked for.
 
     Raises
     ------
@@ -113,14 +124,16 @@ def execute(
     configuration = describe_run(spec, saved=checkpoint is not None)
     if checkpoint is not None:
         check_best(checkpoint, spec, validated=prepared.validation is not None)
+        if client is not None and seating is not None:
+            check_shared(checkpoint, client, seating.addresses)
     start = None
     if saved is not None:
         saved.check(configuration)
         start = saved.snapshot
         story.num_epochs = start.epoch
-        for path, reason in saved.skipped:
-            story.on_named_event("checkpoint-refused", {"path": path, "reason": reason})
-        story.on_named_event("resumed", {"path": saved.path, "steps": start.steps})
+        _tell_of_resumption(saved, story)
+    elif resume and checkpoint is not None:
+        story.on_named_event("no-checkpoint", {"path": str(checkpoint.url)})
     if client is None or seating is None:
         outcome, interrupted = run_in_process(
             spec,
@@ -230,12 +243,22 @@ def _reload(
     story: _Story,
 ) -> Snapshot | None:
     """Give the newest checkpoint of this run after all its ranks were lost."""
-    saved = open_checkpoints(checkpoint, resume=True)
+    # Not a check whether it can be written: a disk that is full may still be read.
+    saved = None if checkpoint is None else newest_checkpoint(checkpoint)
     if saved is None:
         return None
     saved.check(configuration)
-    story.on_named_event("resumed", {"path": saved.path, "steps": saved.snapshot.steps})
+    _tell_of_resumption(saved, story)
     return saved.snapshot
+
+
+def _tell_of_resumption(saved: SavedRun, story: _Story) -> None:
+    for path, reason in saved.skipped:
+        story.on_named_event("checkpoint-refused", {"path": path, "reason": reason})
+    story.on_named_event("resumed", {"path": saved.path, "steps": saved.snapshot.steps})
+    now = torch.__version__.split("+")[0]
+    if saved.torch != now:
+        story.on_named_event("other-torch", {"saved": saved.torch, "now": now})
 
 
 def _conclude(

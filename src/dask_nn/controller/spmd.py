@@ -22,6 +22,7 @@ from dask_nn.controller.rank_group import RankGroup, choose_collective
 from dask_nn.controller.worker_side import forget_run
 from dask_nn.errors import WorkerLost
 from dask_nn.events import Event
+from dask_nn.training.checkpointing import LastSave
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -137,6 +138,7 @@ class _Run:
             listener=listener,
             on_start=self._note_start,
         )
+        self._messages.note_start_from(payload.start)
         self._watch = GangWatch(
             client,
             membership=membership,
@@ -217,8 +219,8 @@ class _Run:
         self._messages.generation = self._generation
         self._ranks = len(seating.workers)
         self._started = False
-        if self._generation and self._source is None:
-            self._payload = replace(self._payload, start=self._reload())
+        if self._generation:
+            self._prepare_next_gang()
         group = RankGroup(
             self._client,
             run_id=self._run_id,
@@ -247,6 +249,15 @@ class _Run:
         finally:
             self._watch.end(group)
             group.release()
+
+    def _prepare_next_gang(self) -> None:
+        """Tell the ranks where to start, and what is saved already."""
+        if self._source is None:
+            self._payload = replace(self._payload, start=self._reload())
+            self._messages.note_start_from(self._payload.start)
+        epoch, steps, since = self._messages.saved
+        saved = LastSave(epoch=epoch, steps=steps, age_s=time.monotonic() - since)
+        self._payload = replace(self._payload, last_save=saved)
 
     def _wants_resize(self, group: RankGroup) -> bool:
         now = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.metadata
 import os
@@ -11,13 +10,12 @@ import platform
 import socket
 import threading
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dask.system import cpu_count
-from distributed import Worker, WorkerPlugin, get_worker, secede
+from distributed import Worker, get_worker, secede
 from distributed.utils import sync
 
 from dask_nn import faults
@@ -26,7 +24,9 @@ from dask_nn.controller.block_fetch import make_reader, room_bytes, used_bytes
 from dask_nn.controller.meeting import WorkerRendezvous, open_meeting_point
 from dask_nn.controller.placement import WorkerFacts
 from dask_nn.controller.quiet import quiet_worker
+from dask_nn.controller.rank_handles import RankHandle, register, say_farewell, unregister
 from dask_nn.controller.watchdog import Watchdog
+from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
     from dask_nn.checkpoints.options import Checkpoint
@@ -35,14 +35,12 @@ if TYPE_CHECKING:
     from dask_nn.controller.block_fetch import BlockSource
     from dask_nn.data.reader import BlockReader
     from dask_nn.events import Progress
+    from dask_nn.training.checkpointing import LastSave
     from dask_nn.training.outcome import RankOutcome
     from dask_nn.training.snapshot import Keepsake, Snapshot
     from dask_nn.training.spec import TrainingSpec
 
-__all__ = ["RankPayload", "Seat", "describe", "forget_run", "run_rank", "signal_ranks"]
-
-# A worker that closes waits so long for its ranks to reach a step boundary.
-LEAVE_S = 3.0
+__all__ = ["RankPayload", "Seat", "describe", "forget_run", "run_rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +104,8 @@ class RankPayload:
         Where rank 0 saves the run.
     configuration : dict
         What every checkpoint says of the run.
+    last_save : LastSave, optional
+        What earlier gangs of the run have saved.
     """
 
     spec: TrainingSpec
@@ -115,35 +115,7 @@ class RankPayload:
     start: Snapshot | None = None
     checkpoint: Checkpoint | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class RankHandle:
-    """The switches of one running rank."""
-
-    rank: int
-    abort: threading.Event
-    stop: threading.Event
-    save: threading.Event = field(default_factory=threading.Event)
-    save_soon: threading.Event = field(default_factory=threading.Event)
-    address: str = ""
-
-    def obey(self, order: str) -> None:
-        """Do as a signal or the rank's own watchman says; see `signal_ranks`."""
-        match order:
-            case "abort":
-                self.abort.set()
-            case "stop":
-                self.stop.set()
-            case "leave":
-                self.save.set()
-                self.stop.set()
-            case "save":
-                self.save_soon.set()
-
-
-_handles: dict[tuple[str, int], list[RankHandle]] = defaultdict(list)
-_handles_lock = threading.Lock()
+    last_save: LastSave | None = None
 
 
 def describe(dask_worker: Worker) -> dict[str, Any]:
@@ -183,54 +155,6 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
             versions=versions,
         )
     )
-
-
-def signal_ranks(run_id: str, generation: int, order: str) -> int:
-    """Give an order to this process's ranks of a gang; return their number.
-
-    Parameters
-    ----------
-    run_id, generation
-        The gang.
-    order : str
-        ``"stop"`` at the next step boundary; ``"leave"``, which saves what is reached besides;
-        ``"save"`` and go on; ``"abort"`` at once.
-    """
-    with _handles_lock:
-        handles = list(_handles.get((run_id, generation), ()))
-    for handle in handles:
-        handle.obey(order)
-    return len(handles)
-
-
-class _Farewell(WorkerPlugin):
-    """Lets the ranks of a worker that closes reach a step boundary, and save.
-
-    Dask closes workers on SIGTERM, which is how SLURM and Kubernetes announce a job's end.
-    """
-
-    name = "dask-nn-farewell"
-
-    async def teardown(self, worker: Worker) -> None:
-        deadline = time.monotonic() + LEAVE_S
-        while handles := self._handles(worker.address):
-            for handle in handles:
-                handle.obey("leave" if time.monotonic() < deadline else "abort")
-            if time.monotonic() > deadline + 1:
-                return
-            await asyncio.sleep(0.02)
-
-    @staticmethod
-    def _handles(address: str) -> list[RankHandle]:
-        with _handles_lock:
-            found = [handle for handles in _handles.values() for handle in handles]
-        return [handle for handle in found if handle.address == address]
-
-
-async def _say_farewell(worker: Worker) -> None:
-    """Install the plugin on this one worker, once."""
-    if _Farewell.name not in worker.plugins:
-        await worker.plugin_add(_Farewell(), _Farewell.name)
 
 
 def forget_run(run_id: str) -> None:
@@ -274,11 +198,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     content: RankPayload = pickle.loads(payload)  # noqa: S301  (made by this run's own client)
     handle = RankHandle(seat.rank, threading.Event(), threading.Event(), address=seat.address)
     place = (seat.run_id, seat.generation)
-    with _handles_lock:
-        if any(other.rank == seat.rank for other in _handles[place]):
-            message = f"rank {seat.rank} of this gang is running already on {seat.address}"
-            raise RuntimeError(message)
-        _handles[place].append(handle)
+    register(place, handle)
     topic = f"dask-nn-{seat.run_id}"
 
     def tell(kind: str, details: dict[str, Any]) -> None:
@@ -295,6 +215,12 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                 },
             )
 
+    def tell_of_saving() -> None:
+        tell("saving", {})
+        if handle.abort.is_set():
+            message = "the run was ended before it was written"
+            raise Aborted(message)
+
     def tell_progress(progress: Progress) -> None:
         tell("progress", asdict(progress))
 
@@ -305,7 +231,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
         return make_reader(worker, data, size_bytes=size_bytes, uses=uses, abort=handle.abort)
 
     comm = _communicator(worker, seat, content.settings, handle.abort)
-    sync(worker.loop, _say_farewell, worker)
+    sync(worker.loop, say_farewell, worker)
     checkpoint = content.checkpoint
     ends_at = checkpoint.save_at() if checkpoint is not None else None
     watchdog = Watchdog(worker, key, comm, tell=tell, obey=handle.obey, ends_at=ends_at)
@@ -327,6 +253,9 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                     stop_event=handle.stop,
                     save_event=handle.save,
                     save_soon=handle.save_soon,
+                    wait_event=handle.wait,
+                    waiting=tell_of_saving,
+                    last_save=content.last_save,
                     start=lambda: _start(worker, seat, content, handle.abort),
                     carried=keeping.kept(worker.address, seat.run_id),
                     canary=seat.canary,
@@ -341,10 +270,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                 ),
             )
     finally:
-        with _handles_lock:
-            _handles[place].remove(handle)
-            if not _handles[place]:
-                del _handles[place]
+        unregister(place, handle)
 
 
 def _uses(spec: TrainingSpec, seat: Seat) -> float:

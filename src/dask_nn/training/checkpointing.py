@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dask_nn.checkpoints.manager import CheckpointContent, CheckpointManager
-from dask_nn.errors import CheckpointError
+from dask_nn.errors import Aborted, CheckpointError
 from dask_nn.training.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from dask_nn.checkpoints.manifest import Manifest
     from dask_nn.checkpoints.options import Checkpoint
 
-__all__ = ["Checkpointer", "Saved", "load_newest", "prepare_storage"]
+__all__ = ["Checkpointer", "LastSave", "Saved", "load_newest", "prepare_storage", "sees_storage"]
 
-# A rank that ends waits so long for a checkpoint under way.
-CLOSE_S = 30.0
+# A run that is over waits so long for its last checkpoint.
+FINISH_S = 300.0
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastSave:
+    """The newest checkpoint of a run that is known to be whole, or the run's start.
+
+    Parameters
+    ----------
+    epoch, steps : int
+        Its place in the run.
+    age_s : float
+        How long ago it was written.
+    """
+
+    epoch: int
+    steps: int
+    age_s: float = 0.0
 
 
 class Saved(Protocol):
@@ -32,8 +53,8 @@ class Saved(Protocol):
         ...
 
     @property
-    def first_steps(self) -> int:
-        """Steps completed when this part of the run began."""
+    def epoch(self) -> int:
+        """Epochs completed over the whole run."""
         ...
 
     def snapshot(self) -> Snapshot:
@@ -54,6 +75,9 @@ class Checkpointer:
         Told of every checkpoint, written or not.
     save_soon : threading.Event, optional
         Asks for a checkpoint at the next step boundary.
+    last : LastSave, optional
+        The run's newest checkpoint, where an earlier gang wrote one; steps and seconds until the
+        next one count from there.
     """
 
     def __init__(
@@ -63,6 +87,7 @@ class Checkpointer:
         configuration: dict[str, Any],
         on_event: Callable[[str, dict[str, Any]], None] | None,
         save_soon: threading.Event | None = None,
+        last: LastSave | None = None,
     ) -> None:
         self._save_soon = save_soon or threading.Event()
         self._save_at = options.save_at()
@@ -71,8 +96,19 @@ class Checkpointer:
         self._run_id = str(self._configuration.pop("run_id", ""))
         self._generation = int(self._configuration.pop("generation", 0))
         self._manager = CheckpointManager(options, on_event=on_event)
-        self._saved_steps: int | None = None
-        self._saved_s = time.monotonic()
+        self._on_event = on_event
+        self._last = last
+        self._saved_steps = 0 if last is None else last.steps
+        self._saved_s = time.monotonic() - (0.0 if last is None else last.age_s)
+
+    def begin(self, run: Saved) -> None:
+        """Count from here, or save at once what an earlier gang should have saved and did not."""
+        if self._last is None:
+            self._saved_steps = run.steps
+        elif self._is_due(run, epoch_ended=run.epoch > self._last.epoch):
+            snapshot = run.snapshot()
+            at_boundary = snapshot.history and not snapshot.step
+            self._save(snapshot, snapshot.history[-1] if at_boundary else None)
 
     def after_step(self, run: Saved) -> None:
         """Save if so many steps or seconds have passed."""
@@ -84,18 +120,38 @@ class Checkpointer:
         if self._is_due(run, epoch_ended=True):
             self._save(run.snapshot(), record)
 
-    def save_now(self, snapshot: Snapshot) -> None:
-        """Save what is reached and wait for it: this process is about to end."""
-        if snapshot.steps != self._saved_steps:
-            self._manager.flush_now(self._content(snapshot, None), CLOSE_S)
+    def save(self, snapshot: Snapshot) -> None:
+        """Save what is reached: the run may end here."""
+        if snapshot.steps != self._saved_steps and not snapshot.non_finite:
+            self._save(snapshot)
+
+    def finish(self, waiting: Callable[[], None]) -> None:
+        """Wait until everything is written, and tell if it takes too long.
+
+        Parameters
+        ----------
+        waiting : callable
+            Called now and then; raises :class:`~dask_nn.errors.Aborted` to wait no longer.
+        """
+        deadline = time.monotonic() + FINISH_S
+        told = False
+        try:
+            while not self._manager.wait(POLL_S):
+                waiting()
+                if not told and self._on_event is not None:
+                    told = True
+                    self._on_event("saving", {"path": str(self._options.url)})
+                if time.monotonic() > deadline:
+                    self._manager.give_up(f"the storage did not take it within {FINISH_S:g} s")
+                    return
+        except Aborted as error:
+            self._manager.give_up(str(error))
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._manager.close(CLOSE_S)
+        """Take nothing more; a thread of this process goes on writing what is under way."""
+        self._manager.close()
 
     def _is_due(self, run: Saved, *, epoch_ended: bool) -> bool:
-        if self._saved_steps is None:
-            self._saved_steps = run.first_steps
         if self._save_at is not None and time.time() >= self._save_at:
             self._save_at = None
             self._save_soon.set()
@@ -139,8 +195,15 @@ class Checkpointer:
         )
 
 
-def prepare_storage(options: Checkpoint) -> bool:
+@contextmanager
+def prepare_storage(options: Checkpoint) -> Iterator[tuple[str, bool]]:
     """Check that checkpoints can be written; tell whether there are any.
+
+    Yields
+    ------
+    tuple of str and bool
+        The name of a file that is there for as long as the ``with`` block lasts, and whether there
+        are checkpoints.
 
     Raises
     ------
@@ -148,14 +211,19 @@ def prepare_storage(options: Checkpoint) -> bool:
         If they cannot.
     """
     manager = CheckpointManager(options)
-    manager.check_writable()
-    return bool(manager.names())
+    with manager.probe() as name:
+        yield name, bool(manager.names())
+
+
+def sees_storage(options: Checkpoint, name: str) -> bool:
+    """Tell whether this process sees a file of `prepare_storage`."""
+    return CheckpointManager(options).has_probe(name)
 
 
 def load_newest(
     options: Checkpoint,
-) -> tuple[Snapshot, dict[str, Any], str, Sequence[tuple[str, str]]] | None:
-    """Read the newest valid checkpoint: state, configuration, path, and what was passed over.
+) -> tuple[Snapshot, Manifest, str, Sequence[tuple[str, str]]] | None:
+    """Read the newest valid checkpoint: state, manifest, path, and what was passed over.
 
     Raises
     ------
@@ -179,7 +247,7 @@ def load_newest(
         history=tuple(manifest.history),
         **tree["sums"],
     )
-    return snapshot, dict(manifest.configuration), str(content.path), skipped
+    return snapshot, manifest, str(content.path), skipped
 
 
 def _tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_nn.collectives.serial import SerialCommunicator
 from dask_nn.data.reader import BlockReader, MemoryReader, StreamReader
+from dask_nn.errors import Aborted
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ def run_in_process(
         Whether Ctrl-C ended it.
     """
     calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    patience = _Patience()
     env = RankEnvironment(
         comm=SerialCommunicator(0, 1),
         reader=_reader(blocks),
         validation_reader=None if validation is None else _reader(validation),
         start=lambda: start,
         checkpoint=checkpoint,
+        wait_event=patience.wait_event,
+        waiting=patience.check,
         configuration=configuration or {},
         on_start=lambda _: calls.put(on_start),
         on_progress=lambda progress: calls.put(partial(on_progress, progress)),
@@ -92,8 +96,23 @@ def run_in_process(
                 env.stop_event.set()
     finally:
         if not outcomes:
+            patience.ended.set()
             env.comm.abort()
         thread.join()
+
+
+class _Patience:
+    """Whether checkpoints under way are still waited for."""
+
+    def __init__(self) -> None:
+        self.wait_event = threading.Event()
+        self.wait_event.set()  # when this process ends, nobody goes on writing
+        self.ended = threading.Event()
+
+    def check(self) -> None:
+        if self.ended.is_set():
+            message = "the run was ended before it was written"
+            raise Aborted(message)
 
 
 def _reader(blocks: Blocks) -> BlockReader:

@@ -155,7 +155,6 @@ class TrainingLoop:
         self._shard_batch_size = self._plan.shard_batch_size
         self._next_batch: Batch | None = None
         self._epoch_start = state.weights()
-        self._first_steps = state.steps
         self._checkpointer = checkpointer
         self._carried = list(carried)
         # Outputs of the step under way: they count once the step is completed.
@@ -187,6 +186,8 @@ class TrainingLoop:
         """
         self._batches.start()
         try:
+            if self._checkpointer is not None:
+                self._checkpointer.begin(self)
             while self._state.epoch < self._spec.epochs:
                 if not self._run_epoch():
                     return False
@@ -200,9 +201,9 @@ class TrainingLoop:
         return self._state.steps
 
     @property
-    def first_steps(self) -> int:
-        """Steps completed when this loop began."""
-        return self._first_steps
+    def epoch(self) -> int:
+        """Epochs completed over the whole run."""
+        return self._state.epoch
 
     def good_weights(self) -> dict[str, torch.Tensor]:
         """Copy the weights, or those of the epoch's start if the present ones are not finite."""

@@ -6,6 +6,7 @@ import copy
 import threading
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dask_nn.collectives.base import Communicator
     from dask_nn.data.reader import BlockReader
     from dask_nn.events import Progress
+    from dask_nn.training.checkpointing import LastSave
     from dask_nn.training.snapshot import Keepsake, Snapshot
     from dask_nn.training.spec import TrainingSpec
 
@@ -56,6 +58,13 @@ class RankEnvironment:
         Makes a rank that was asked to stop save a checkpoint of what is reached.
     save_soon : threading.Event
         Makes rank 0 save a checkpoint at the next step boundary and go on.
+    wait_event : threading.Event
+        Makes a rank 0 that ends before the run does wait for its checkpoints, as one that finishes
+        always does; without it a thread of this process writes them while another gang goes on.
+    waiting : callable, optional
+        Called now and then during that; raises Aborted to wait no longer.
+    last_save : LastSave, optional
+        What earlier gangs of this run have saved.
     start : callable, optional
         Gives the state from which to start; None for the beginning.
     carried : Keepsake, optional
@@ -84,6 +93,9 @@ class RankEnvironment:
     stop_event: threading.Event = field(default_factory=threading.Event)
     save_event: threading.Event = field(default_factory=threading.Event)
     save_soon: threading.Event = field(default_factory=threading.Event)
+    wait_event: threading.Event = field(default_factory=threading.Event)
+    waiting: Callable[[], None] | None = None
+    last_save: LastSave | None = None
     start: Callable[[], Snapshot | None] | None = None
     carried: Keepsake | None = None
     canary: bytes = b""
@@ -125,6 +137,7 @@ class _Standing:
     loop: TrainingLoop | None = None
     checkpointer: Checkpointer | None = None
     unfinished: bool = True
+    over: bool = False
     failed: bool = False
 
     def leave(self, env: RankEnvironment) -> None:
@@ -134,9 +147,18 @@ class _Standing:
             if env.keep is not None:
                 env.keep(keepsake)
             if self.checkpointer is not None and env.save_event.is_set():
-                self.checkpointer.save_now(keepsake.snapshot)
-        if self.checkpointer is not None:
-            self.checkpointer.close()
+                self.checkpointer.save(keepsake.snapshot)
+        if self.checkpointer is None:
+            return
+        if self.over or env.wait_event.is_set():
+            self.checkpointer.finish(partial(self._wait, env))
+        self.checkpointer.close()
+
+    @staticmethod
+    def _wait(env: RankEnvironment) -> None:
+        env.comm.beats += 1  # a rank that saves is alive
+        if env.waiting is not None:
+            env.waiting()
 
 
 def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> RankOutcome:
@@ -176,6 +198,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
             configuration=env.configuration,
             on_event=env.on_event,
             save_soon=env.save_soon,
+            last=env.last_save,
         )
     loop = TrainingLoop(
         spec,
@@ -204,6 +227,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     except NonFiniteLoss:
         status = "non_finite"
     standing.unfinished = False
+    standing.over = status != "stopped"
     return RankOutcome(
         rank=comm.rank,
         address=env.address,
