@@ -248,8 +248,9 @@ def test_too_few_workers(job, make_cluster, tmp_path):
         job.train(client, recovery=recovery)
 
 
-def test_a_worker_that_computes_other_bits_is_left_out_by_name(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+@pytest.mark.parametrize("bitwise", [True, False])
+def test_a_worker_that_computes_other_bits_is_left_out_by_name_or_marks_the_run(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, bitwise
 ):
     client = make_cluster(2)
     first = set(pids(client))
@@ -272,7 +273,13 @@ def test_a_worker_that_computes_other_bits_is_left_out_by_name(
         ],
         tmp_path,
     )
-    result = job.train(client, callbacks=[heard])
+    strategy = dask_nn.Synchronous(shards=4, threads_per_rank=1, bitwise=bitwise)
+    result = job.train(client, callbacks=[heard], strategy=strategy)
+    assert result.bitwise is bitwise
+    if not bitwise:
+        assert not heard.named("worker-refused")
+        assert heard.named("resized")[-1].details["ranks"] == 2
+        return
     same_bits(result, undisturbed)
     refused = heard.named("worker-refused")
     assert {event.details["address"] for event in refused} <= set(pids(client)) - first
@@ -336,5 +343,4 @@ def test_the_graph_engine_survives_a_kill(job, undisturbed, make_cluster, same_b
                 victims.clear()
 
     result = job.train(client, engine="graph", callbacks=[heard, Kill()])
-    assert result.weights_sha256 == undisturbed.weights_sha256
-    assert result.steps == undisturbed.steps
+    same_bits(result, undisturbed)

@@ -124,17 +124,6 @@ def test_steps_until_the_next_checkpoint_count_over_all_gangs(
     assert [event.details["steps"] for event in heard.named("checkpoint")] == [50]
 
 
-def test_seconds_until_the_next_checkpoint_count_over_all_gangs(job, make_cluster, heard, tmp_path):
-    """Gangs of less than a second each, and a checkpoint after two."""
-    client = make_cluster(3)
-    kills = [Fault(point="forward", step=step) for step in range(20, 80, 10)]
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
-    install(client, [*kills, pause], tmp_path)
-    saved = dask_nn.Checkpoint(tmp_path / "run", every="2 seconds")
-    job.train(client, checkpoint=saved, callbacks=[heard])
-    assert heard.named("checkpoint")
-
-
 def test_a_folder_that_workers_do_not_share(job, make_cluster):
     with pytest.raises(CheckpointError, match="another place on tcp://"):
         job.train(make_cluster(2), checkpoint="memory://dask-nn-test/not-shared")

@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 
 import dask_nn
@@ -24,6 +26,8 @@ WORKERS = 3
 EPOCHS_PER_KILL = 4
 PAUSE_S = 0.02
 GROWN_UP_S = 0.25
+# Of this process, per recovery: a few hundred KiB are histories and events of the longer run.
+GROWTH_KIB = 4096
 
 
 def usage() -> dict[str, int]:
@@ -37,12 +41,22 @@ def usage() -> dict[str, int]:
     }
 
 
+def check_remains(client: Any, family: set[psutil.Process]) -> None:
+    """Check that ranks and workers that were killed leave nothing behind."""
+    left = [path.name for path in Path("/dev/shm").iterdir() if "dask-nn" in path.name]  # noqa: S108
+    assert not left, "shared memory"
+    assert len(client.run(os.getpid)) <= WORKERS
+    children = set(psutil.Process().children(recursive=True)) - family
+    assert len(children) <= 2 * WORKERS + 2, "processes"
+
+
 @pytest.mark.timeout(120 + 30 * KILLS)
 def test_a_storm_of_kills(
     job, make_scalable, ledger, dask_config, same_bits, heard, tmp_path, record_property, capsys
 ):
     epochs = EPOCHS_PER_KILL * KILLS
     reference = job.train(None, epochs=epochs)
+    family = set(psutil.Process().children(recursive=True))
     with dask_config({"distributed.deploy.lost-worker-timeout": "1 s"}):
         client = make_scalable(WORKERS)
     written = ledger(client)
@@ -100,7 +114,9 @@ def test_a_storm_of_kills(
             f"{after['descriptors']}, threads {before['threads']} -> {after['threads']}, memory "
             f"{growth:+.0f} KiB per recovery"
         )
-    assert killed
+    assert len(killed) == KILLS
     assert recovered
     assert after["descriptors"] < before["descriptors"] + 40
     assert after["threads"] < before["threads"] + 10
+    assert growth < GROWTH_KIB
+    check_remains(client, family)

@@ -43,7 +43,7 @@ class Checkpoint:
         Whether small or large is good; "auto" takes losses and errors as better when smaller.
     before_walltime_s : float, optional
         Save also when a job's time is about to end: so many seconds before the end that SLURM
-        names in ``SLURM_JOB_END_TIME`` on the workers or the client. Workers that are asked to
+        names in ``SLURM_JOB_END_TIME`` on a rank's worker. Workers that are asked to
         close (as on SIGTERM) save in any case.
 
     Raises

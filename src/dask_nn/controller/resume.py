@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dask_nn.checkpoints.codec import encode
+from dask_nn.checkpoints.serialization import weights_sha256
 from dask_nn.controller.cluster import ask_workers
 from dask_nn.data.plan import PLAN_VERSION
 from dask_nn.errors import CheckpointError, ConfigurationError
@@ -234,9 +235,17 @@ def _describe_scheduler(scheduler: Any, every: str) -> str:
 
 
 def _name(function: Any) -> str:
-    """Name a function or a module; what a function does cannot be compared."""
+    """Name a function, or a module with its options; what a function does cannot be compared."""
     if isinstance(function, torch.nn.Module):
-        return repr(function)
+        values = {
+            name: value
+            for name, value in vars(function).items()
+            if isinstance(value, str | int | float) and name != "training" and name[0] != "_"
+        }
+        if function.state_dict():
+            values["weights"] = weights_sha256(function.state_dict())[:8]
+        shown = ", ".join(f"{name}={value}" for name, value in sorted(values.items()))
+        return f"{type(function).__name__}({shown})"
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__name__))
