@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dask_nn.allocator import keeping_freed_memory
 from dask_nn.errors import ConfigurationError, DataError, ModelError
 from dask_nn.grouping import call_model, map_inputs
 from dask_nn.pickling import dumps
@@ -37,6 +38,8 @@ type Transform = Callable[[Tensor], Tensor]
 
 # Networks that squeeze their outputs lose the first axis of a single row.
 PROBE_ROWS = 2
+# A worker that has computed no block for so long gives back what its allocator kept.
+LINGER_S = 1.0
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
@@ -74,15 +77,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def one_thread_per_task() -> Iterator[None]:
     """Compute on one core in a thread of a scheduler, which runs a task on every core it has.
 
-    The main thread (a call without a scheduler) keeps its setting.
+    The allocator keeps what batches free until the task ends. The main thread (a call without a
+    scheduler) keeps its settings.
     """
-    before = torch.get_num_threads()
-    if before == 1 or threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         yield
         return
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with keeping_freed_memory(linger_s=LINGER_S):
+            yield
     finally:
         torch.set_num_threads(before)
 

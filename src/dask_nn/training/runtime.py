@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -14,16 +12,12 @@ import torch
 import torch._dynamo
 from torch.utils import deterministic as memory_filling
 
+from dask_nn.allocator import keeping_freed_memory
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["rank_runtime", "task_runtime"]
-
-# Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-KEEP_BYTES = 1 << 30
-DEFAULT_BYTES = 128 * 1024
 
 _lock = threading.Lock()
 _users = 0
@@ -35,8 +29,7 @@ def rank_runtime(threads: int, *, deterministic: bool = True) -> Iterator[None]:
     """Prepare this thread and its process for a rank.
 
     Intra-op threads are set, nondeterministic kernels are refused, and the allocator keeps what
-    it freed: Dask's nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, with which every
-    large temporary of a step goes back to the kernel and is faulted in again.
+    it freed.
 
     Parameters
     ----------
@@ -45,14 +38,8 @@ def rank_runtime(threads: int, *, deterministic: bool = True) -> Iterator[None]:
     deterministic : bool
         Whether kernels without reproducible bits are refused.
     """
-    threads_before = torch.get_num_threads()
-    _enter(deterministic=deterministic, keep_memory=True)
-    torch.set_num_threads(threads)
-    try:
+    with keeping_freed_memory(), task_runtime(threads, deterministic=deterministic):
         yield
-    finally:
-        torch.set_num_threads(threads_before)
-        _leave()
 
 
 @contextlib.contextmanager
@@ -67,7 +54,7 @@ def task_runtime(threads: int, *, deterministic: bool = True) -> Iterator[None]:
         Whether kernels without reproducible bits are refused.
     """
     threads_before = torch.get_num_threads()
-    _enter(deterministic=deterministic, keep_memory=False)
+    _enter(deterministic=deterministic)
     torch.set_num_threads(threads)
     try:
         yield
@@ -76,7 +63,7 @@ def task_runtime(threads: int, *, deterministic: bool = True) -> Iterator[None]:
         _leave()
 
 
-def _enter(*, deterministic: bool, keep_memory: bool) -> None:
+def _enter(*, deterministic: bool) -> None:
     global _users  # noqa: PLW0603  (the settings are the process's own)
     with _lock:
         _users += 1
@@ -88,9 +75,6 @@ def _enter(*, deterministic: bool, keep_memory: bool) -> None:
         torch.set_deterministic_debug_mode("error" if deterministic else "default")
         # Filling every new tensor with NaN finds bugs, and costs time in each step.
         memory_filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        _before["keep_memory"] = keep_memory
-        if keep_memory:
-            _keep_freed_memory(KEEP_BYTES, KEEP_BYTES)
 
 
 def _leave() -> None:
@@ -101,16 +85,3 @@ def _leave() -> None:
             return
         torch.set_deterministic_debug_mode(int(_before["deterministic"]))
         memory_filling.fill_uninitialized_memory = bool(_before["fill"])  # type: ignore[attr-defined]
-        if not _before["keep_memory"]:
-            return
-        trim = int(os.environ.get("MALLOC_TRIM_THRESHOLD_", DEFAULT_BYTES))
-        _keep_freed_memory(trim, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", DEFAULT_BYTES)))
-
-
-def _keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, trim_bytes)
-        libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes)
-        if trim_bytes < KEEP_BYTES:
-            libc.malloc_trim(0)

@@ -1,0 +1,100 @@
+"""The C library's allocator, which Dask's nanny tells to give memory back at once.
+
+The nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``. With it every large temporary of a
+step goes back to the kernel, and is faulted in again page by page for the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["keeping_freed_memory"]
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+KEEP_BYTES = 1 << 30
+DEFAULT_BYTES = 128 * 1024
+
+_lock = threading.Lock()
+_users = 0
+_last_left = 0
+_timer_runs = False
+
+
+@contextlib.contextmanager
+def keeping_freed_memory(*, linger_s: float = 0.0) -> Iterator[None]:
+    """Let the allocator keep what is freed within the block; all of it goes back at its end.
+
+    Blocks in other threads of the process may overlap; the last one that ends counts.
+
+    Parameters
+    ----------
+    linger_s : float
+        Give it back so much later, unless another block begins before: for tasks that follow each
+        other.
+    """
+    _enter()
+    try:
+        yield
+    finally:
+        _leave(linger_s)
+
+
+def _enter() -> None:
+    global _users  # noqa: PLW0603  (the allocator is the process's own)
+    with _lock:
+        _users += 1
+        _set(KEEP_BYTES, KEEP_BYTES)
+
+
+def _leave(linger_s: float) -> None:
+    global _users, _last_left  # noqa: PLW0603
+    with _lock:
+        _users -= 1
+        _last_left += 1
+        if linger_s:
+            _start_timer(linger_s)
+        elif not _users:
+            _give_back()
+
+
+def _start_timer(linger_s: float) -> None:
+    """Look again later, with one thread for however many tasks."""
+    global _timer_runs  # noqa: PLW0603
+    if not _timer_runs:
+        _timer_runs = True
+        timer = threading.Timer(linger_s, _look_again, (linger_s, _last_left))
+        timer.name, timer.daemon = "dask-nn-allocator", True
+        timer.start()
+
+
+def _look_again(linger_s: float, last_left: int) -> None:
+    global _timer_runs  # noqa: PLW0603
+    with _lock:
+        _timer_runs = False
+        if _users or _last_left != last_left:
+            _start_timer(linger_s)
+        else:
+            _give_back()
+
+
+def _give_back() -> None:
+    trim = int(os.environ.get("MALLOC_TRIM_THRESHOLD_", DEFAULT_BYTES))
+    _set(trim, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", DEFAULT_BYTES)), give_back=True)
+
+
+def _set(trim_bytes: int, mmap_bytes: int, *, give_back: bool = False) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, trim_bytes)
+        libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        if give_back:
+            libc.malloc_trim(0)
