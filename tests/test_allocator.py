@@ -27,13 +27,13 @@ def resident_mib():
 
 outside = faults(50)
 base = resident_mib()
-with keeping_freed_memory(linger_s=LINGER):
+with keeping_freed_memory(lambda: LINGER):
     faults(1)
     inside = faults(50)
     many = [np.ones(1 << 20, "u1") for _ in range(200)]
     del many
 between = resident_mib() - base
-with keeping_freed_memory(linger_s=LINGER):
+with keeping_freed_memory(lambda: LINGER):
     again = faults(50)
 time.sleep(3 * LINGER)
 print(outside, inside, between, again, resident_mib() - base)

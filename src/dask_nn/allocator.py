@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["keeping_freed_memory"]
 
@@ -30,22 +30,22 @@ _timer_runs = False
 
 
 @contextlib.contextmanager
-def keeping_freed_memory(*, linger_s: float = 0.0) -> Iterator[None]:
+def keeping_freed_memory(linger_s: Callable[[], float] = float) -> Iterator[None]:
     """Let the allocator keep what is freed within the block; all of it goes back at its end.
 
     Blocks in other threads of the process may overlap; the last one that ends counts.
 
     Parameters
     ----------
-    linger_s : float
-        Give it back so much later, unless another block begins before: for tasks that follow each
-        other.
+    linger_s : callable
+        Asked when the block ends: give it back so many seconds later, unless another block begins
+        before. For tasks that follow each other; at once by default.
     """
     _enter()
     try:
         yield
     finally:
-        _leave(linger_s)
+        _leave(linger_s())
 
 
 def _enter() -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from distributed import get_worker
+from psutil import Process
 from torch import Tensor, nn
 
 from dask_nn.allocator import keeping_freed_memory
@@ -40,6 +42,8 @@ type Transform = Callable[[Tensor], Tensor]
 PROBE_ROWS = 2
 # A worker that has computed no block for so long gives back what its allocator kept.
 LINGER_S = 1.0
+# Of a worker's memory; by default Dask begins to spill there.
+SPILL_FRACTION = 0.7
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
@@ -86,10 +90,19 @@ def one_thread_per_task() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with keeping_freed_memory(linger_s=LINGER_S):
+        with keeping_freed_memory(linger_s=_linger_s):
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _linger_s() -> float:
+    """Give for how long this process may keep memory between tasks: not where Dask would spill."""
+    try:
+        limit = get_worker().memory_manager.memory_limit
+    except ValueError:  # no task of a cluster
+        return LINGER_S
+    return LINGER_S if not limit or Process().memory_info().rss < SPILL_FRACTION * limit else 0.0
 
 
 def outputs(
