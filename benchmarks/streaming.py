@@ -209,8 +209,8 @@ def predictions(folder: Path, path: Path, limit: int, console: Console) -> dict[
     with torch.inference_mode():
         for start in range(0, number * block, block):
             rows = store[start : start + block]
-            for at in range(0, len(rows), 1024):
-                model(scale(torch.from_numpy(rows[at : at + 1024]))).argmax(dim=1)
+            for at in range(0, len(rows), 256):
+                model(scale(torch.from_numpy(rows[at : at + 256]))).argmax(dim=1)
     plain = number * block / (time.perf_counter() - began)
     torch.set_num_threads(threads)
     with cluster(RANKS, limit) as client, Watch(client) as watch:

@@ -60,7 +60,7 @@ def evaluate(
     sample_weight: Any = None,
     features: Sequence[str] | None = None,
     batch_dim: str | None = None,
-    batch_size: int = 1024,
+    batch_size: int = 256,
     transform: Callable[[Tensor], Tensor] | None = None,
     client: Client | None = None,
 ) -> dict[str, float]:

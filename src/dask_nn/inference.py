@@ -48,7 +48,7 @@ def predict(
     output: Output = "label",
     features: Sequence[str] | None = None,
     batch_dim: str | None = None,
-    batch_size: int = 1024,
+    batch_size: int = 256,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """Predict every row, where it lies.
