@@ -86,7 +86,15 @@ class Fault:
         )
 
 
-def fail_at(client: Client, rank: int | None, step: int | None, point: str, **options: Any) -> Path:
+def fail_at(
+    client: Client,
+    rank: int | None,
+    step: int | None,
+    point: str,
+    *,
+    folder: str | os.PathLike[str],
+    **options: Any,
+) -> Path:
     """Make something go wrong at one place of the next run.
 
     Parameters
@@ -95,17 +103,18 @@ def fail_at(client: Client, rank: int | None, step: int | None, point: str, **op
         Of a cluster on this machine, made for the purpose.
     rank, step, point
         Where; see :class:`Fault`.
+    folder : path-like
+        Where the fault notes that it happened; workers must see it.
     **options
-        More of :class:`Fault`, and ``folder`` where the fault notes that it happened.
+        More of :class:`Fault`.
 
     Returns
     -------
     pathlib.Path
         A file that holds the moment (``time.time()``) once it has happened.
     """
-    folder = Path(options.pop("folder"))
     fault = Fault(point=point, rank=rank, step=step, **options)
-    return install(client, [fault], folder)[0]
+    return install(client, [fault], Path(folder))[0]
 
 
 def install(client: Client, planned: Sequence[Fault], folder: Path) -> list[Path]:
