@@ -60,9 +60,11 @@ def _leave(linger_s: float) -> None:
     with _lock:
         _users -= 1
         _last_left += 1
+        if _users:
+            return
         if linger_s:
             _start_timer(linger_s)
-        elif not _users:
+        else:
             _give_back()
 
 
@@ -80,7 +82,9 @@ def _look_again(linger_s: float, last_left: int) -> None:
     global _timer_runs  # noqa: PLW0603
     with _lock:
         _timer_runs = False
-        if _users or _last_left != last_left:
+        if _users:
+            return  # the last of them starts another timer, or gives it back
+        if _last_left != last_left:
             _start_timer(linger_s)
         else:
             _give_back()

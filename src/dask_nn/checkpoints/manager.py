@@ -240,8 +240,9 @@ class CheckpointManager:
 
     def _retire(self) -> None:
         """Remove what need not be kept, and what was begun before that and never finished."""
-        names = self.names()
-        for name in self._storage.folders():
+        folders = self._storage.folders()
+        names = self._whole(folders)
+        for name in folders:
             whole = UNFINISHED.fullmatch(name)
             if name not in names and whole and names and _place(whole[1]) < _place(names[-1]):
                 self._storage.remove(name)
@@ -262,7 +263,10 @@ class CheckpointManager:
 
     def names(self) -> list[str]:
         """Give the names of all checkpoints with a manifest, oldest first."""
-        names = (name for name in self._storage.folders() if NAME.fullmatch(name))
+        return self._whole(self._storage.folders())
+
+    def _whole(self, folders: list[str]) -> list[str]:
+        names = (name for name in folders if NAME.fullmatch(name))
         found = [name for name in names if self._storage.exists(name, MANIFEST)]
         return sorted(found, key=_place)
 
