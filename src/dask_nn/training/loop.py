@@ -380,7 +380,7 @@ class TrainingLoop:
                     metrics=shown,
                     samples_per_s=self._samples / (now - self._started),
                     blocks=blocks,
-                    bytes=rows * sum(field.row_bytes for field in self._spec.fields),
+                    bytes=rows * self._spec.row_bytes,
                 )
             )
 

@@ -59,7 +59,12 @@ class TrainingSpec:
     @property
     def size_bytes(self) -> int:
         """Stored size of the training data."""
-        return sum(self.block_lengths) * sum(field.row_bytes for field in self.fields)
+        return sum(self.block_lengths) * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored size of one row of all fields."""
+        return sum(field.row_bytes for field in self.fields)
 
     def plan(self, epoch: int) -> Plan:
         """Give the order of samples of one epoch."""
