@@ -180,9 +180,9 @@ class Locked(nn.Module):
         self.lock = threading.Lock()
 
 
-class Pair(nn.Module):
+class Odd(nn.Module):
     def forward(self, batch: Tensor) -> Any:
-        return batch, batch
+        return {"rows": batch, "note": "text"}
 
 
 class Mean(nn.Module):
@@ -194,7 +194,7 @@ class Mean(nn.Module):
     ("model", "error", "message"),
     [
         (Locked(), ModelError, "module.lock"),
-        (Pair(), ModelError, "returned tuple"),
+        (Odd(), ModelError, "returned str"),
         (Mean(), ModelError, r"shape \(\) for 2 rows"),
         (nn.Linear(5, 2), ModelError, r"rows of shape \(6,\) and type float64"),
         ("model", ModelError, "must be a torch.nn.Module"),

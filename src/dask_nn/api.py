@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import torch
     from distributed import Client
     from torch import nn
-    from torchmetrics import Metric
 
     from dask_nn.callbacks.base import Callback
     from dask_nn.data.memory import Memory
+    from dask_nn.metrics.names import Metrics
     from dask_nn.training.result import TrainingResult
 
 __all__ = ["evaluate", "predict", "train"]
@@ -43,7 +43,7 @@ def train(
     epochs: int = 1,
     batch_size: int = 32,
     validation: Sequence[Any] | None = None,
-    metrics: Sequence[str | Metric] | Mapping[str, Metric] = (),
+    metrics: Metrics | Mapping[str, Metrics] = (),
     sample_weight: Any = None,
     features: Sequence[str] | None = None,
     batch_dim: str | None = None,
@@ -96,7 +96,9 @@ def train(
         ``(X, y)``, with ``sample_weight`` if training has it, or a collection like X that
         brings its targets; evaluated after every epoch.
     metrics : sequence of str or torchmetrics.Metric, or mapping from name to Metric
-        Computed on the training batches as they are trained on, and on ``validation``.
+        Computed on the training batches as they are trained on, and on ``validation``. Of a module
+        with several outputs: a mapping from the name of an output to its metrics, which are called
+        ``"<output>_<metric>"``.
     sample_weight : collection or str, shape (num_samples,), optional
         Weights of the mean over a batch.
     features : list of str, optional

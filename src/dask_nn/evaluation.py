@@ -25,8 +25,8 @@ from dask_nn.metrics.forward import (
     sendable,
     targets_of,
 )
+from dask_nn.metrics.heads import WHOLE, num_outputs_of, resolve_heads
 from dask_nn.metrics.merge import Partial, compute, merge_named
-from dask_nn.metrics.names import Metrics, infer_task, resolve
 from dask_nn.metrics.objective import Objective
 from dask_nn.metrics.row_blocks import (
     aligned,
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from distributed import Client
     from torchmetrics import Metric
 
+    from dask_nn.metrics.heads import Head
+    from dask_nn.metrics.names import Metrics
+
 __all__ = ["evaluate"]
 
 # Partials merged by one task; a power of two keeps the tree, and so the bits, the same.
@@ -55,7 +58,7 @@ def evaluate(
     X: Any,
     y: Any = None,
     *,
-    metrics: Metrics = ("accuracy",),
+    metrics: Metrics | Mapping[str, Metrics] = ("accuracy",),
     loss: Callable[..., Tensor] | None = None,
     sample_weight: Any = None,
     features: Sequence[str] | None = None,
@@ -80,7 +83,9 @@ def evaluate(
         Shape (num_rows, ...), chunked in any way, or names of columns of X; may be left out where
         X brings it.
     metrics : str, Metric, sequence of them, or mapping of str to them
-        Names, such as ``"accuracy"``, or torchmetrics objects.
+        Names, such as ``"accuracy"``, or torchmetrics objects. Of a module with several outputs:
+        a mapping from the name of an output to its metrics, which are called
+        ``"<output>_<metric>"``.
     loss : callable, optional
         ``loss(outputs, targets)`` returning a scalar; its mean over all rows is ``"loss"``, also
         for a loss with ``reduction="sum"``.
@@ -138,6 +143,7 @@ def evaluate(
             grouping.targets(rows),
             grouping.weights(rows),
             metrics=criteria.metrics,
+            heads=criteria.heads,
             loss=objective,
             batch_size=batch_size,
             transform=transform,
@@ -153,37 +159,41 @@ class _Criteria:
     ----------
     metrics : mapping of str to Metric
         Resolved.
+    heads : mapping of str to Head
+        Which output and target each of them compares.
     loss : Objective or None
         The loss.
-    num_classes : int or None
-        Labels are below it; None where targets are no labels.
+    num_classes : mapping of Head to int
+        Labels of that target are below it; heads whose targets are no labels are missing.
     ignore_index : int or None
         A label beside the classes.
     """
 
     metrics: Mapping[str, Metric]
+    heads: Mapping[str, Head]
     loss: Objective | None
-    num_classes: int | None
+    num_classes: Mapping[Head, int]
     ignore_index: int | None
 
-    def check_labels(self, y: Any) -> None:
+    def check_labels(self, targets: Any) -> None:
         """Raise a DataError if a label lies outside the outputs."""
-        if self.num_classes is None or not y.size:
-            return
-        kept = y if self.ignore_index is None else y[y != self.ignore_index]
-        if kept.size and not 0 <= kept.min() <= kept.max() < self.num_classes:
-            raise DataError(
-                f"y has labels from {kept.min()} to {kept.max()}, but the outputs of the module "
-                f"are for labels from 0 to {self.num_classes - 1}; relabel y, or give the module "
-                "more outputs"
-            )
+        for head, num_classes in self.num_classes.items():
+            y = head.target_of(targets)
+            kept = y if self.ignore_index is None else y[y != self.ignore_index]
+            if kept.size and not 0 <= kept.min() <= kept.max() < num_classes:
+                name = "y" if head.target is None else f"y[{head.target!r}]"
+                raise DataError(
+                    f"{name} has labels from {kept.min()} to {kept.max()}, but the outputs of the "
+                    f"module are for labels from 0 to {num_classes - 1}; relabel y, or give the "
+                    "module more outputs"
+                )
 
 
 def _criteria(
     model: nn.Module,
     arrays: Sequence[Any],
     grouping: Grouping,
-    metrics: Metrics,
+    metrics: Metrics | Mapping[str, Metrics],
     objective: Objective | None,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> _Criteria:
@@ -194,35 +204,24 @@ def _criteria(
         lambda array: np.zeros((PROBE_ROWS, *map(int, array.shape[1:])), dtype=array.dtype), y
     )
     target = targets_of(zeros, floating_dtype(model))
-    if isinstance(target, dict) or not isinstance(output, Tensor):
-        if metrics:
-            raise ConfigurationError(
-                "metrics compare one tensor of outputs with one of targets, but there are several "
-                "of one of them; pass metrics=() and let loss= combine them"
-            )
-        if objective is not None:
-            check_loss(objective, output, target)
-        return _Criteria(metrics={}, loss=objective, num_classes=None, ignore_index=None)
-    num_outputs = int(output.shape[1]) if output.dim() > 1 else 1
     ignore_index = None if objective is None else objective.ignore_index
-    task = infer_task(
-        num_outputs,
-        output_ndim=output.dim(),
-        target_ndim=target.dim(),
-        over_classes=ignore_index is not None,
-    )
-    resolved = resolve(metrics, num_outputs=num_outputs, task=task, ignore_index=ignore_index)
+    found = resolve_heads(metrics, output, target, ignore_index=ignore_index)
     if objective is not None:
         check_loss(objective, output, target)
-    check_metrics(resolved, output, target)
-    metrics_need_labels = any(map(classifies, resolved.values()))
-    integers = y.dtype.kind in "iu"  # to the loss alone, floats of a cross entropy are shares
-    are_labels = metrics_need_labels or (integers and ignore_index is not None)
-    num_classes = num_outputs if task == "multiclass" or ignore_index is not None else 2
+    check_metrics(found, output, target)
+    needing = [found.heads.get(name, WHOLE) for name, m in found.metrics.items() if classifies(m)]
+    num_classes = {}
+    for head, task in found.tasks.items():
+        # To the loss alone, floats of a cross entropy are shares.
+        in_loss = ignore_index is not None and head.target_of(y).dtype.kind in "iu"
+        if head in needing or in_loss:
+            many = task == "multiclass" or ignore_index is not None
+            num_classes[head] = num_outputs_of(head.output_of(output)) if many else 2
     return _Criteria(
-        metrics=resolved,
+        metrics=found.metrics,
+        heads=found.heads,
         loss=objective,
-        num_classes=num_classes if are_labels else None,
+        num_classes=num_classes,
         ignore_index=ignore_index,
     )
 
@@ -231,7 +230,7 @@ def _on_cluster(
     model: nn.Module,
     arrays: Sequence[da.Array],
     grouping: Grouping,
-    metrics: Metrics,
+    metrics: Metrics | Mapping[str, Metrics],
     objective: Objective | None,
     batch_size: int,
     transform: Callable[[Tensor], Tensor] | None,
@@ -272,6 +271,7 @@ def _evaluate_block(
             targets,
             grouping.weights(rows),
             metrics=criteria.metrics,
+            heads=criteria.heads,
             loss=criteria.loss,
             batch_size=batch_size,
             transform=transform,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -45,7 +47,7 @@ def predict(
     model: nn.Module,
     X: Any,
     *,
-    output: Output = "label",
+    output: Output | Mapping[str, Output] = "label",
     features: Sequence[str] | None = None,
     batch_dim: str | None = None,
     batch_size: int = 256,
@@ -60,10 +62,12 @@ def predict(
     X : collection, shape (num_rows, ...)
         Of any kind that :func:`dask_nn.train` takes, without targets. Floating rows are cast to
         the model's floating type.
-    output : {"label", "proba", "raw"}
+    output : {"label", "proba", "raw"}, or mapping of str to them
         ``"raw"``: the outputs as they are. ``"proba"``: their softmax over axis 1, or the sigmoid
         of a single output. ``"label"``: the index of the largest along axis 1 as int64, or 1
-        where a single output is positive and 0 elsewhere; axis 1 is dropped.
+        where a single output is positive and 0 elsewhere; axis 1 is dropped. For a module that
+        returns a dictionary, a mapping says it for each member; members it does not name are left
+        out.
     features : list of str, optional
         Columns of X that are features; all of them by default.
     batch_dim : str, optional
@@ -75,12 +79,14 @@ def predict(
 
     Returns
     -------
-    collection
+    collection, or dict or tuple of them
         Of X's kind, shape (num_rows, ...), lazy where X is: for a Dask array one with the same
         row chunks; for a table a Series or DataFrame with the same index; for an xarray object a
         DataArray with the coordinates of its rows; for Delayed a list of them; for a Bag a Bag of
         one prediction for each row; for a torch dataset a Dask array; else a NumPy array. Nothing
         is computed before but the outputs for two rows of zeros, and the first of Delayed parts.
+        A module that returns a dictionary or tuple gives one of these for each member; compute
+        them together, and the model runs once.
 
     Raises
     ------
@@ -91,9 +97,10 @@ def predict(
     ModelError
         If the model cannot be pickled or cannot process rows of X.
     """
-    if output not in _FINISH:
-        valid = ", ".join(map(repr, _FINISH))
-        raise ConfigurationError(f"output must be one of {valid}, got {output!r}")
+    for wanted in output.values() if isinstance(output, Mapping) else [output]:
+        if wanted not in _FINISH:
+            valid = ", ".join(map(repr, _FINISH))
+            raise ConfigurationError(f"output must be one of {valid}, got {wanted!r}")
     check_batch_size(batch_size)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -102,14 +109,46 @@ def predict(
     predictions = _predict_arrays(
         model, inputs, output=output, batch_size=batch_size, transform=transform
     )
-    return like_input(predictions, X, name=output, batch_dim=batch_dim)
+
+    def like_rows(predictions: Any, name: str) -> Any:
+        return like_input(predictions, X, name=name, batch_dim=batch_dim)
+
+    if isinstance(predictions, dict):
+        return {name: like_rows(part, str(name)) for name, part in predictions.items()}
+    if isinstance(predictions, tuple):
+        return tuple(like_rows(part, str(place)) for place, part in enumerate(predictions))
+    return like_rows(predictions, str(output))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One of the tensors that a module returns.
+
+    Parameters
+    ----------
+    output : Output
+        What is predicted from it.
+    like : ndarray
+        A prediction of no rows.
+    """
+
+    output: Output
+    like: np.ndarray[Any, Any]
+
+    def finish(self, raw: Any) -> np.ndarray[Any, Any]:
+        """Make predictions, shape (num_rows, ...), of the module's output for some rows."""
+        return _finish(self.output, raw)
+
+
+# By key or position; the only tensor of a module has neither.
+type _Parts = dict[Any, _Part]
 
 
 def _predict_arrays(
     model: nn.Module,
     inputs: dict[str, Any],
     *,
-    output: Output,
+    output: Output | Mapping[str, Output],
     batch_size: int,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> Any:
@@ -118,61 +157,109 @@ def _predict_arrays(
     if not any(isinstance(array, da.Array) for array in rows):
         check_same_rows(rows)
         X = grouping.inputs(rows)
-        like = _like(model, X, output, transform)
-        return _predict_rows(X, [model, transform], output=output, batch_size=batch_size, like=like)
+        returned = probe(model, X, transform=transform)
+        parts = _parts(returned, output)
+        found = _predict_rows(X, [model, transform], batch_size=batch_size, parts=parts)
+        return _shaped(found, returned)
     rows = [one_chunk_per_row_block("X", rows[0])] if len(inputs) == 1 else aligned(inputs)
     payload, sent = sendable(model)
     objects = shipped(payload, dumps(transform, "transform"))
-    like = _like(sent, grouping.inputs(rows), output, transform)
-    return per_block(
-        partial(
-            _predict_block, grouping=grouping, output=output, batch_size=int(batch_size), like=like
-        ),
-        *rows,
-        row_shape=like.shape[1:],
-        meta=like,
-        name="dask-nn-predict",
-        objects=objects,
-    )
+    returned = probe(sent, grouping.inputs(rows), transform=transform)
+    parts = _parts(returned, output)
+    function = partial(_predict_block, grouping=grouping, batch_size=int(batch_size), parts=parts)
+    options: dict[str, Any] = {"name": "dask-nn-predict", "objects": objects}
+    if list(parts) == [None]:
+        like = parts[None].like
+        return per_block(
+            partial(_only_part, function), *rows, row_shape=like.shape[1:], meta=like, **options
+        )
+    together = per_block(function, *rows, row_shape=(), meta=np.empty(0, dtype=object), **options)
+    lazy = {
+        key: per_block(
+            partial(_one_part, key),
+            together,
+            row_shape=part.like.shape[1:],
+            meta=part.like,
+            name=f"dask-nn-predict-{key}",
+        )
+        for key, part in parts.items()
+    }
+    return _shaped(lazy, returned)
 
 
-def _like(
-    model: nn.Module, X: Any, output: Output, transform: Callable[[Tensor], Tensor] | None
-) -> np.ndarray[Any, Any]:
-    """Find what a prediction of no rows looks like."""
-    probed = _FINISH[output](one_tensor(probe(model, X, transform=transform)))
-    return _to_numpy(probed)[:0]
+def _parts(returned: Any, output: Output | Mapping[str, Output]) -> _Parts:
+    """Choose what is predicted of each tensor that the module returned for a few rows."""
+    if isinstance(returned, dict):
+        wanted = dict(output) if isinstance(output, Mapping) else dict.fromkeys(returned, output)
+        for name in wanted:
+            if name not in returned:
+                raise ConfigurationError(
+                    f"output names {name!r}, but the module returns {', '.join(map(str, returned))}"
+                )
+        members = {name: (returned[name], kind) for name, kind in wanted.items()}
+    elif isinstance(output, Mapping):
+        raise ConfigurationError(
+            f"output is a mapping, but the module returns {type(returned).__name__} and no "
+            f"dictionary; give one of {', '.join(map(repr, _FINISH))}"
+        )
+    elif isinstance(returned, tuple):
+        members = {place: (member, output) for place, member in enumerate(returned)}
+    else:
+        members = {None: (returned, output)}
+    return {
+        key: _Part(output=kind, like=_finish(kind, tensor)[:0])
+        for key, (tensor, kind) in members.items()
+    }
+
+
+def _shaped(found: dict[Any, Any], returned: Any) -> Any:
+    """Put predictions together as the module returned its outputs."""
+    if isinstance(returned, dict):
+        return found
+    return tuple(found.values()) if isinstance(returned, tuple) else found[None]
 
 
 def _predict_block(
     *rows_and_objects: Any, grouping: Grouping, **options: Any
-) -> np.ndarray[Any, Any]:
+) -> dict[Any, np.ndarray[Any, Any]]:
     *rows, objects = rows_and_objects
     check_same_rows(rows)
     with one_thread_per_task():
         return _predict_rows(grouping.inputs(rows), objects, **options)
 
 
-def _predict_rows(
-    X: Any,
-    objects: list[Any],
-    *,
-    output: Output,
-    batch_size: int,
-    like: np.ndarray[Any, Any],
-) -> np.ndarray[Any, Any]:
-    model, transform = objects
-    found = np.empty((count_rows(X), *like.shape[1:]), dtype=like.dtype)
-    for rows, raw in outputs(model, X, batch_size=batch_size, transform=transform):
-        with torch.inference_mode():
-            finished = _to_numpy(_FINISH[output](one_tensor(raw)))
-        if finished.shape[1:] != like.shape[1:]:
-            raise ModelError(
-                f"the module gives {finished.shape[1:]} per row for some rows and "
-                f"{like.shape[1:]} for others, expected the same shape for all"
-            )
-        found[rows] = finished
+def _only_part(function: Callable[..., Any], *rows_and_objects: Any) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = function(*rows_and_objects)[None]
     return found
+
+
+def _one_part(key: Any, together: dict[Any, np.ndarray[Any, Any]], _: None) -> np.ndarray[Any, Any]:
+    return together[key]
+
+
+def _predict_rows(
+    X: Any, objects: list[Any], *, batch_size: int, parts: _Parts
+) -> dict[Any, np.ndarray[Any, Any]]:
+    model, transform = objects
+    found = {
+        key: np.empty((count_rows(X), *part.like.shape[1:]), dtype=part.like.dtype)
+        for key, part in parts.items()
+    }
+    for rows, raw in outputs(model, X, batch_size=batch_size, transform=transform):
+        for key, part in parts.items():
+            finished = part.finish(raw if key is None else raw[key])
+            if finished.shape[1:] != part.like.shape[1:]:
+                raise ModelError(
+                    f"the module gives {finished.shape[1:]} per row for some rows and "
+                    f"{part.like.shape[1:]} for others, expected the same shape for all"
+                )
+            found[key][rows] = finished
+    return found
+
+
+def _finish(output: Output, raw: Any) -> np.ndarray[Any, Any]:
+    with torch.inference_mode():
+        return _to_numpy(_FINISH[output](one_tensor(raw)))
 
 
 def _raw(raw: Tensor) -> Tensor:

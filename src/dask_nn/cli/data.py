@@ -104,8 +104,8 @@ def write(predictions: Any, kind: str, place: str) -> None:
 
     Parameters
     ----------
-    predictions : dask.array.Array, numpy.ndarray, or dask.dataframe collection
-        Lazy or not.
+    predictions : dask.array.Array, numpy.ndarray, dask.dataframe collection, or dict of them
+        Lazy or not; of a dictionary Zarr gets one array each, and Parquet columns.
     kind, place : str
         From `check_target`.
 
@@ -116,6 +116,8 @@ def write(predictions: Any, kind: str, place: str) -> None:
     """
     try:
         _WRITERS[kind](predictions, place)
+    except ConfigurationError:
+        raise
     except Exception as error:
         if kind != "npy" and "://" not in place:
             shutil.rmtree(place, ignore_errors=True)
@@ -124,6 +126,22 @@ def write(predictions: Any, kind: str, place: str) -> None:
 
 
 def _write_zarr(predictions: Any, place: str) -> None:
+    import dask
+
+    if not isinstance(predictions, dict):
+        _as_zarr_array(predictions).to_zarr(place)
+        return
+    # Together: the model runs once for all outputs.
+    dask.compute(
+        *(
+            _as_zarr_array(part).to_zarr(place, component=str(name), compute=False)
+            for name, part in predictions.items()
+        )
+    )
+
+
+def _as_zarr_array(predictions: Any) -> Any:
+    """Give an array whose chunks are of one length, as those of Zarr are."""
     import dask.array as da
 
     if hasattr(predictions, "to_dask_array"):
@@ -132,29 +150,33 @@ def _write_zarr(predictions: Any, place: str) -> None:
         predictions = da.from_array(predictions)
     chunks = predictions.chunks[0]
     if len(set(chunks[:-1])) > 1 or chunks[-1] > chunks[0]:
-        # Zarr's chunks are all of one length; only neighbours are joined or cut for it.
+        # Only neighbours are joined or cut for it.
         predictions = predictions.rechunk({0: max(chunks)})
-    predictions.to_zarr(place)
+    return predictions
 
 
 def _write_parquet(predictions: Any, place: str) -> None:
+    import dask.dataframe as dd
+
+    named = predictions if isinstance(predictions, dict) else {"prediction": predictions}
+    indexed = all(hasattr(part, "to_parquet") for part in named.values())
+    frames = [part if indexed else _as_frame(part, str(name)) for name, part in named.items()]
+    frames = [frame.to_frame() if hasattr(frame, "to_frame") else frame for frame in frames]
+    # Partitions of the same rows, one for one.
+    table = frames[0] if len(frames) == 1 else dd.concat(frames, axis=1)
+    table.to_parquet(place, write_index=indexed)
+
+
+def _as_frame(predictions: Any, name: str) -> Any:
     import dask.array as da
     import dask.dataframe as dd
 
-    indexed = hasattr(predictions, "to_parquet")
-    if not indexed:
-        if not isinstance(predictions, da.Array):
-            predictions = da.from_array(predictions)
-        flat = predictions.reshape(len(predictions), -1) if predictions.ndim > 2 else predictions
-        names = (
-            ["prediction"]
-            if flat.ndim == 1
-            else [f"prediction_{number}" for number in range(flat.shape[1])]
-        )
-        predictions = dd.from_dask_array(flat, columns=names[0] if flat.ndim == 1 else names)
-    if hasattr(predictions, "to_frame"):
-        predictions = predictions.to_frame()
-    predictions.to_parquet(place, write_index=indexed)
+    if not isinstance(predictions, da.Array):
+        predictions = da.from_array(predictions)
+    flat = predictions.reshape(len(predictions), -1) if predictions.ndim > 2 else predictions
+    if flat.ndim == 1:
+        return dd.from_dask_array(flat, columns=name)
+    return dd.from_dask_array(flat, columns=[f"{name}_{n}" for n in range(flat.shape[1])])
 
 
 def _write_npy(predictions: Any, place: str) -> None:
@@ -162,6 +184,10 @@ def _write_npy(predictions: Any, place: str) -> None:
 
     from dask_nn.checkpoints.whole_file import whole_file
 
+    if isinstance(predictions, dict):
+        listed = ", ".join(map(str, predictions))
+        text = f"a .npy file holds one array, but the model gives {listed}; use zarr: or parquet:"
+        raise ConfigurationError(text)
     computed = predictions.compute() if hasattr(predictions, "compute") else predictions
     with whole_file(Path(place)) as file:
         # Not np.save: a full disk would be "100 requested and 7 written".

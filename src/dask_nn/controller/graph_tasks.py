@@ -212,7 +212,7 @@ def update(
 def metric_partials(payload: bytes, run_id: str, leaves: list[Leaf]) -> dict[str, Partial]:
     """Update metrics with the outputs of one shard in some steps."""
     with _at_bench(payload, run_id, step=-1) as bench:
-        metrics = BufferedMetrics(bench.spec.metrics)
+        metrics = BufferedMetrics(bench.spec.metrics, bench.spec.heads)
         for leaf in leaves:
             if leaf.output is not None:
                 metrics.update(*leaf.output)

@@ -17,12 +17,12 @@ from dask_nn.training.strategies import Synchronous
 
 if TYPE_CHECKING:
     import torch
-    from torchmetrics import Metric
 
     from dask_nn.callbacks.base import Callback
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.data.memory import Memory
     from dask_nn.data.plan import Shuffle
+    from dask_nn.metrics.names import Metrics
 
 __all__ = ["Engine", "Options"]
 
@@ -43,7 +43,7 @@ class Options:
     optimizer: Callable[..., torch.optim.Optimizer]
     epochs: int
     batch_size: int
-    metrics: Sequence[str | Metric] | Mapping[str, Metric]
+    metrics: Metrics | Mapping[str, Metrics]
     strategy: Synchronous
     engine: Engine
     memory: Memory = "auto"

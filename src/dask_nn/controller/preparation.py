@@ -14,8 +14,8 @@ from dask_nn.controller.locality import seat_where_data_lies
 from dask_nn.controller.options import Options, check_sizes
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.data.peek import LabelRange, label_range, sample
-from dask_nn.errors import ConfigurationError, DataError
-from dask_nn.metrics.names import infer_task, resolve
+from dask_nn.errors import DataError
+from dask_nn.metrics.heads import num_outputs_of, resolve_heads
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.preflight import check_labels, try_step
 from dask_nn.training.spec import TrainingSpec
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from dask_nn.config import Settings
     from dask_nn.data.blocks import Blocks
-    from dask_nn.metrics.names import Task
 
 __all__ = ["PreparedRun", "prepare"]
 
@@ -134,25 +133,17 @@ def prepare(
         if data_set is not None:
             check_targets(data_set, client)
     labels = _label_range(objective, blocks, client)
-    output = try_step(spec, labels)
-    num_outputs = _num_outputs(output)
-    _check_metrics(options, spec, output)
-    spec = replace(
-        spec,
-        metrics=resolve(
-            options.metrics,
-            num_outputs=num_outputs,
-            task=_task(output, num_outputs, blocks, objective),
-            ignore_index=objective.ignore_index,
-        ),
-    )
-    if labels is not None and num_outputs is not None:
+    output, target = try_step(spec, labels)
+    found = resolve_heads(options.metrics, output, target, ignore_index=objective.ignore_index)
+    spec = replace(spec, metrics=found.metrics, heads=found.heads)
+    if labels is not None and isinstance(output, torch.Tensor):
+        num_outputs = num_outputs_of(output)
         check_labels(spec, labels, num_outputs)
         spec = replace(spec, ignored_labels=labels.ignored)
         if validation_blocks is not None:
-            found = _label_range(objective, validation_blocks, client)
-            if found is not None:
-                check_labels(spec, found, num_outputs)
+            validated = _label_range(objective, validation_blocks, client)
+            if validated is not None:
+                check_labels(spec, validated, num_outputs)
     if seating is not None and client is not None and blocks.keys is not None:
         seating = seat_where_data_lies(seating, spec.plan(0), blocks.keys, client)
     return PreparedRun(
@@ -163,16 +154,6 @@ def prepare(
         seating=seating,
         notes=tuple(data.notes),
     )
-
-
-def _check_metrics(options: Options, spec: TrainingSpec, output: Any) -> None:
-    """Refuse metrics for modules that have several outputs or targets."""
-    if options.metrics and not (isinstance(output, torch.Tensor) and spec.grouping.single_target):
-        message = (
-            "metrics compare one tensor of outputs with one of targets, but this run has several "
-            "of one of them; leave metrics out and let the loss combine them"
-        )
-        raise ConfigurationError(message)
 
 
 def _default_shards(options: Options, workers: tuple[WorkerFacts, ...]) -> int:
@@ -186,21 +167,6 @@ def _default_shards(options: Options, workers: tuple[WorkerFacts, ...]) -> int:
         device=options.device,
     )
     return default_shards(options.batch_size, len(seating.workers))
-
-
-def _task(
-    output: Any, num_outputs: int | None, blocks: Blocks, objective: Objective
-) -> Task | None:
-    """Tell the kind of classification that named metrics are computed for."""
-    place = _target_place(blocks)
-    if num_outputs is None or place is None:
-        return None
-    return infer_task(
-        num_outputs,
-        output_ndim=output.dim(),
-        target_ndim=1 + len(blocks.fields[place].shape),
-        over_classes=objective.ignore_index is not None,
-    )
 
 
 def _label_range(objective: Objective, blocks: Blocks, client: Client | None) -> LabelRange | None:
@@ -237,13 +203,6 @@ def _check_same_rows(blocks: Blocks, validation: Blocks) -> None:
                 f"{other.shape} in the validation data"
             )
             raise DataError(message)
-
-
-def _num_outputs(output: Any) -> int | None:
-    shape = getattr(output, "shape", None)
-    if shape is None:
-        return None
-    return int(shape[1]) if len(shape) > 1 else 1
 
 
 def _own_threads() -> int:

@@ -11,6 +11,7 @@ import torch
 from dask_nn.errors import ConfigurationError, DaskNNError, DataError
 from dask_nn.grouping import map_inputs
 from dask_nn.metrics.forward import count_rows, floating_dtype, outputs, targets_of
+from dask_nn.metrics.heads import WHOLE
 from dask_nn.metrics.merge import LossPartial, Partial
 from dask_nn.metrics.streams import MetricStream
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torchmetrics import Metric
 
+    from dask_nn.metrics.heads import Head, HeadMetrics
     from dask_nn.metrics.objective import Objective
 
     type Rows = np.ndarray[Any, Any] | Tensor | dict[str, np.ndarray[Any, Any] | Tensor]
@@ -35,6 +37,7 @@ def block_partials(
     weight: Rows | None = None,
     *,
     metrics: Mapping[str, Metric],
+    heads: Mapping[str, Head] | None = None,
     loss: Objective | None,
     batch_size: int,
     transform: Callable[[Tensor], Tensor] | None = None,
@@ -53,6 +56,8 @@ def block_partials(
         Shape (num_rows,). They weigh the loss, not the metrics.
     metrics : mapping of str to Metric
         Copied, never changed.
+    heads : mapping of str to Head, optional
+        Which output and target each of them compares, by default the only ones.
     loss : Objective or None
         The loss, if it is wanted.
     batch_size : int
@@ -71,6 +76,7 @@ def block_partials(
     # A divisor that counts the labels is right whether or not some of them are ignored.
     objective = None if loss is None else loss.with_ignored(True)
     streams = {name: MetricStream(name, metric) for name, metric in metrics.items()}
+    head_of = {name: (heads or {}).get(name, WHOLE) for name in metrics}
     total = normalizer = 0.0
     for rows, output in outputs(model, x, batch_size=batch_size, transform=transform):
         wanted = map_inputs(operator.itemgetter(rows), targets)
@@ -78,8 +84,8 @@ def block_partials(
             part = None if weights is None else weights[rows]
             added, by = _loss_of(objective, output, wanted, part, rows.stop - rows.start)
             total, normalizer = total + added, normalizer + by
-        for stream in streams.values():
-            stream.update(output, wanted)
+        for name, stream in streams.items():
+            stream.update(*head_of[name].select(output, wanted))
     partials: dict[str, Partial] = {}
     if objective is not None:
         partials["loss"] = LossPartial(total=total, normalizer=normalizer)
@@ -119,14 +125,16 @@ def check_loss(loss: Objective, output: Any, target: Any) -> None:
         ) from error
 
 
-def check_metrics(metrics: Mapping[str, Metric], output: Tensor, target: Tensor) -> None:
+def check_metrics(found: HeadMetrics, outputs: Any, targets: Any) -> None:
     """Try metrics on a few rows.
 
     Parameters
     ----------
-    metrics : mapping of str to Metric
+    found : HeadMetrics
         Copied, never changed.
-    output, target : Tensor
+    outputs : Tensor, or tuple or dict of them
+        Shape (num_rows, ...).
+    targets : Tensor, or dict of them
         Shape (num_rows, ...).
 
     Raises
@@ -134,8 +142,9 @@ def check_metrics(metrics: Mapping[str, Metric], output: Tensor, target: Tensor)
     ConfigurationError
         If one cannot compare such outputs and targets; names it.
     """
-    for name, metric in metrics.items():
+    for name, metric in found.metrics.items():
         stream = MetricStream(name, metric)
+        output, target = found.heads.get(name, WHOLE).select(outputs, targets)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about values; only types and shapes matter here

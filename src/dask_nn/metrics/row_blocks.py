@@ -150,7 +150,7 @@ def shipped(model: bytes, *parts: bytes) -> Delayed:
 def per_block(
     function: Callable[..., Any],
     *arrays: da.Array | None,
-    objects: Delayed,
+    objects: Delayed | None = None,
     row_shape: tuple[int, ...],
     meta: np.ndarray[Any, Any],
     name: str,
@@ -163,7 +163,7 @@ def per_block(
         ``function(*blocks, objects)``, called with None for an array that is None.
     *arrays : Array or None
         The same row chunks, one chunk along the other axes; the first is not None.
-    objects : Delayed
+    objects : Delayed, optional
         What all blocks need.
     row_shape : tuple of int
         Shape of one row of the result.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from torchmetrics.metric import CompositionalMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from dask_nn.errors import ConfigurationError, DataError
+from dask_nn.metrics.heads import WHOLE
 from dask_nn.metrics.merge import MetricPartial, compute, partial_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from dask_nn.metrics.heads import Head
 
 __all__ = ["BufferedMetrics", "MetricStream", "classifies"]
 
@@ -141,42 +144,54 @@ class BufferedMetrics:
     ----------
     metrics : mapping of str to Metric
         Copied, never changed.
+    heads : mapping of str to Head, optional
+        Which output and target each of them compares, by default the only ones.
     every : int, optional
         Batches between two real updates; fewer where batches are so large that the buffer would
         exceed 64 MiB.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], *, every: int = 64) -> None:
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric],
+        heads: Mapping[str, Head] | None = None,
+        *,
+        every: int = 64,
+    ) -> None:
         if every < 1:
             raise ConfigurationError(f"every must be at least 1, got {every}")
         self._metrics = dict(metrics)
         self._streams = {name: MetricStream(name, metric) for name, metric in metrics.items()}
         self._every = every
-        self._room = 0
-        self._outputs: list[Tensor] = []
-        self._targets: list[Tensor] = []
+        self._num_kept = self._room = 0
+        self._heads = {name: (heads or {}).get(name, WHOLE) for name in metrics}
+        # Outputs and targets of each head.
+        self._kept: dict[Head, tuple[list[Tensor], list[Tensor]]] = {
+            head: ([], []) for head in self._heads.values()
+        }
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Any, targets: Any) -> None:
         """Add a batch; the tensors are kept, so they must not be overwritten later.
 
         Parameters
         ----------
-        outputs : Tensor
+        outputs : Tensor, or tuple or dict of them
             Shape (num_rows, ...).
-        targets : Tensor
+        targets : Tensor, or dict of them
             Shape (num_rows, ...).
         """
-        self._outputs.append(outputs.detach())
-        self._targets.append(targets)
+        for head, (kept_outputs, kept_targets) in self._kept.items():
+            output, target = head.select(outputs, targets)
+            kept_outputs.append(output.detach())
+            kept_targets.append(target)
+        self._num_kept += 1
         self._room -= 1
         if self._room <= 0:
             self._make_room()
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._outputs.clear()
-        self._targets.clear()
-        self._room = 0
+        self._forget_batches()
         for stream in self._streams.values():
             stream.reset()
 
@@ -203,22 +218,31 @@ class BufferedMetrics:
         )
 
     def _make_room(self) -> None:
-        if len(self._outputs) == 1:  # the first batch of a buffer says how many it may hold
-            size_bytes = self._outputs[0].nbytes + self._targets[0].nbytes
+        if self._num_kept == 1:  # the first batch of a buffer says how many it may hold
+            size_bytes = sum(
+                batch.nbytes for pair in self._kept.values() for kept in pair for batch in kept
+            )
             self._room = min(self._every, max(1, _BUFFER_BYTES // max(1, size_bytes))) - 1
         if self._room <= 0:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._outputs:
+        if not self._num_kept:
             return
         with torch.no_grad():
-            outputs, targets = torch.cat(self._outputs), torch.cat(self._targets)
-            for stream in self._streams.values():
-                stream.update(outputs, targets)
-        self._outputs.clear()
-        self._targets.clear()
-        self._room = 0
+            joined = {
+                head: (torch.cat(outputs), torch.cat(targets))
+                for head, (outputs, targets) in self._kept.items()
+            }
+            for name, stream in self._streams.items():
+                stream.update(*joined[self._heads[name]])
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
+        for kept_outputs, kept_targets in self._kept.values():
+            kept_outputs.clear()
+            kept_targets.clear()
+        self._num_kept = self._room = 0
 
 
 def classifies(metric: Metric) -> bool:

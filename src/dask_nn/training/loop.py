@@ -147,7 +147,7 @@ class TrainingLoop:
             windows=self._windows_at_a_time(layout.floating, room_bytes),
         )
         self._metrics = {
-            shard: BufferedMetrics(spec.metrics) for shard in self._own if spec.metrics
+            shard: BufferedMetrics(spec.metrics, spec.heads) for shard in self._own if spec.metrics
         }
         self._plan = spec.plan(state.epoch)
         self._step_count = 0

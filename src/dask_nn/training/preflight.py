@@ -17,7 +17,7 @@ from dask_nn.training.layout import LeafLayout
 from dask_nn.training.randomness import ShardRandomness, restored_generator
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.state import TrainingState
-from dask_nn.training.step import ShardStep
+from dask_nn.training.step import ShardOutput, ShardStep
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_labels", "try_step"]
 
 
-def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> torch.Tensor:
+def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> ShardOutput:
     """Compute leaves from the spec's sample, of a full and of the smallest batch, for nothing.
 
     Parameters
@@ -40,8 +40,8 @@ def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> torch.Tens
 
     Returns
     -------
-    Tensor
-        The model's output for the sample, shape (rows, ...).
+    ShardOutput
+        What the model returned for the sample, and its targets, shapes (rows, ...).
 
     Raises
     ------
@@ -91,7 +91,7 @@ def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> torch.Tens
 
 def _compute(
     spec: TrainingSpec, model: nn.Module, batch: tuple[torch.Tensor, ...]
-) -> torch.Tensor | None:
+) -> ShardOutput | None:
     layout = LeafLayout(model)
     step = ShardStep(
         model,
@@ -111,8 +111,7 @@ def _compute(
     ):
         # Outputs (n, 1) and targets (n,) broadcast to (n, n): PyTorch only warns.
         warnings.filterwarnings("error", message="Using a target size")
-        output = step.compute(views, batch, step=0, shard=0, count=count, step_count=count)
-    return None if output is None else output.output
+        return step.compute(views, batch, step=0, shard=0, count=count, step_count=count)
 
 
 def _fewest_rows(spec: TrainingSpec) -> int:

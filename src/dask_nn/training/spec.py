@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from dask_nn.data.blocks import Field
+    from dask_nn.metrics.heads import Head
 
 __all__ = ["TrainingSpec"]
 
@@ -37,6 +38,7 @@ class TrainingSpec:
     clip_grad_norm: float | None = None
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
     weighted: bool = False
     ignored_labels: bool = False
 

@@ -120,6 +120,7 @@ def evaluate_block(
             grouping.targets(tensors),
             grouping.weights(tensors),
             metrics=spec.metrics,
+            heads=spec.heads,
             loss=objective,
             batch_size=BATCH_SIZE,
             transform=spec.transform,
