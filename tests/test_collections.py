@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,6 @@ import torch
 import xarray as xr
 import zarr
 from dask.delayed import delayed
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import dask_nn
@@ -204,66 +203,6 @@ def test_a_module_of_two_outputs(data, client):
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda c: sum(c) >= 8),
-    known=st.booleans(),
-    window=st.integers(1, 4),
-    shards=st.sampled_from([1, 2, 4, 8]),
-)
-def test_every_sample_once_per_epoch(memory, lengths, known, window, shards, tmp_path_factory):
-    """Counted by the module that sees them, whatever the blocks."""
-    folder = tmp_path_factory.mktemp("seen")
-    starts = np.cumsum([0, *lengths])
-    ids = np.arange(starts[-1], dtype="f4")[:, None]
-    parts = [
-        da.from_delayed(
-            delayed(ids[start : start + rows]),
-            (rows if known else np.nan, 1),
-            dtype="f4",
-            meta=ids[:0],
-        )
-        for start, rows in zip(starts[:-1], lengths, strict=True)
-    ]
-    X = da.concatenate(parts, allow_unknown_chunksizes=True)
-    train(
-        X,
-        X[:, 0] * 0,
-        model=partial(Recorder, str(folder / "seen")),
-        loss=nn.MSELoss(),
-        optimizer=partial(torch.optim.SGD, lr=0.0),
-        metrics=(),
-        batch_size=8,
-        epochs=2,
-        window=window,
-        strategy=dask_nn.Synchronous(shards=shards, threads_per_rank=1),
-        memory=memory,
-    )
-    seen = np.fromfile(folder / "seen", dtype="f4")
-    # What was tried on a few rows before the first step comes first.
-    trained = seen[len(seen) - 2 * len(ids) :].reshape(2, -1)
-    for epoch in trained:
-        np.testing.assert_array_equal(np.sort(epoch), ids[:, 0])
-
-
-class Recorder(nn.Module):
-    """Writes down the rows that it is trained on."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
-        self.layer = nn.Linear(1, 1)
-
-    def forward(self, x):
-        if self.training:
-            with open(self.path, "ab") as file:  # noqa: PTH123 - appended to in place
-                file.write(x.detach().numpy().tobytes())
-        return self.layer(x)[:, 0]
-
-
-@pytest.mark.parametrize("memory", ["resident", "stream"])
 def test_a_partition_that_raises_is_named(memory, data, client):
     def fail(block, block_info=None):
         if block_info[0]["chunk-location"][0] == 4:
@@ -272,8 +211,10 @@ def test_a_partition_that_raises_is_named(memory, data, client):
         return block
 
     X = da.map_blocks(fail, da.from_zarr(data.store, component="X"), dtype="f4")
-    with pytest.raises((DataError, RankFailed), match=r"block 4.*bad sector"):
+    with pytest.raises((DataError, RankFailed), match=r"block 4.* on .*tcp:.*bad sector") as caught:
         train(X, data.y, memory=memory)
+    if memory == "resident":
+        assert "in fail" in str(caught.value)  # the traceback
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])
@@ -304,8 +245,48 @@ def test_a_stream_of_an_array_in_this_process_is_refused(data):
 
 def test_a_stream_of_what_is_persisted_is_refused(data, client):
     X = da.from_zarr(data.store, component="X").persist()
+    y = da.from_zarr(data.store, component="y").persist()
     with pytest.raises(DataError, match=r"before persist"):
-        train(X + 1, data.y, memory="stream")
+        train(X, y, memory="stream")
+
+
+def persisted_targets(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
+    return X, y.persist()
+
+
+def persisted_scale(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
+    return X * da.ones(20, dtype="f4").persist(), y
+
+
+def persisted_below(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
+    return X.persist() + np.float32(0), y
+
+
+@pytest.mark.parametrize("form", [persisted_targets, persisted_scale, persisted_below])
+def test_a_stream_of_which_something_is_persisted(form, data, client, expected, monkeypatch):
+    inputs = form(
+        da.from_zarr(data.store, component="X"),
+        da.from_zarr(data.store, component="y").rechunk(ROWS),
+    )
+    monkeypatch.setattr("dask_nn.data.reader.SHARED_BYTES", 1)
+    result = train(*inputs, memory="stream")
+    assert result.run.streamed
+    assert sha256(result) == expected
+
+
+def test_what_does_not_fit_is_streamed_and_said(data, client, monkeypatch):
+    def none_left(*_):
+        return Room(held_bytes=1000, worker_bytes=1 << 30, num_workers=2)
+
+    monkeypatch.setattr("dask_nn.controller.data_sets._room", none_left)
+    X, y = da.from_zarr(data.store, component="X"), da.from_array(data.y, chunks=ROWS)
+    for targets in (y, y.persist()):
+        result = train(X, targets)
+        assert result.run.streamed
+        (event,) = [event for event in result.events if event.name == "streaming"]
+        assert event.details["blocks"] == 6
+        assert not event.details["asked"]
+    assert not train(X.persist(), y.persist()).run.streamed
 
 
 class Remover(dask_nn.Callback):
@@ -315,38 +296,75 @@ class Remover(dask_nn.Callback):
         self.path = path
 
     def on_epoch_end(self, record):
-        self.path.unlink(missing_ok=True)
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
 
 
-def test_a_file_that_vanishes_ends_the_run_and_leaves_the_checkpoint(data, client, tmp_path):
-    path = tmp_path / "X.npy"
-    np.save(path, data.X)
+def save_npy(path: Path, X: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, X)
+
+
+def save_zarr(path: Path, X: np.ndarray) -> None:
+    zarr.open_group(path, mode="w").create_array("X", data=X, chunks=(ROWS, 20))
+
+
+SAVED = {
+    "npy": (save_npy, lambda path: dask_nn.open_data(f"npy:{path}", block_size_bytes=ROWS * 80)),
+    "zarr": (save_zarr, lambda path: dask_nn.open_data(f"zarr:{path}#X")),
+    "zarr of the user's": (save_zarr, lambda path: da.from_zarr(str(path), component="X")),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_source_that_vanishes_ends_the_run_and_leaves_the_checkpoint(
+    kind, data, client, tmp_path
+):
+    path = tmp_path / "source"
+    save, read = SAVED[kind]
+    save(path, data.X)
     options = {
         "memory": "stream",
         "epochs": 40,
         "checkpoint": str(tmp_path / "checkpoints"),
     }
-    X = dask_nn.open_data(f"npy:{path}", block_size_bytes=ROWS * 80)
-    with pytest.raises(RankFailed, match=r"could not be computed on tcp.*after 4 attempts.*X\.npy"):
+    X = read(path)
+    with pytest.raises(RankFailed, match=r"could not be computed on tcp.*after 4 attempts.*source"):
         train(X, data.y, callbacks=[Remover(path)], **options)
-    np.save(path, data.X)
+    save(path, data.X)
     again = train(X, data.y, resume=True, **options)
     assert "resumed" in [event.name for event in again.events]
     assert sha256(again) == sha256(train(X, data.y, memory="stream", epochs=40))
 
 
-def test_a_source_that_grows_shorter_is_refused_by_block(data, client, tmp_path):
-    path = tmp_path / "X.npy"
-    np.save(path, data.X)
-    X = dask_nn.open_data(f"npy:{path}", block_size_bytes=ROWS * 80)
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_source_that_grows_shorter_is_refused_by_block(kind, data, client, tmp_path):
+    path = tmp_path / "source"
+    save, read = SAVED[kind]
+    save(path, data.X)
 
     class Shortener(dask_nn.Callback):
         def on_epoch_end(self, record):
-            np.save(tmp_path / "shorter.npy", data.X[:550])
-            (tmp_path / "shorter.npy").rename(path)
+            if path.is_dir():
+                zarr.open_group(path)["X"].resize((550, 20))
+            else:
+                save(tmp_path / "shorter", data.X[:550])
+                (tmp_path / "shorter").rename(path)
 
-    with pytest.raises(RankFailed, match=r"block \d (gave an array of shape|could not be)"):
-        train(X, data.y, memory="stream", epochs=40, callbacks=[Shortener()])
+    with pytest.raises(RankFailed, match=r"block \d could not be .*has changed since.*\(550, 20\)"):
+        train(read(path), data.y, memory="stream", epochs=40, callbacks=[Shortener()])
+
+
+def test_a_store_that_leaves_out_empty_chunks_reads_as_zeros(data, tmp_path):
+    X = data.X.copy()
+    X[ROWS : 2 * ROWS] = 0
+    save_zarr(tmp_path / "sparse", X)
+    assert not (tmp_path / "sparse" / "X" / "c" / "1" / "0").exists()
+    found = SAVED["zarr"][1](tmp_path / "sparse")
+    np.testing.assert_array_equal(found.compute(), X)
+    assert train(found, data.y, memory="stream").run.streamed
 
 
 def test_a_block_larger_than_a_worker_is_read_in_slices(data, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch import nn
 
 import dask_nn
 from dask_nn.clusters.local import local_cluster
-from dask_nn.data.memory import needed_bytes, windows_at_a_time
+from dask_nn.data.memory import Needs, windows_at_a_time
 
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK_ROWS, WIDTH, BLOCKS = 2048, 4096, 150
@@ -95,10 +95,11 @@ def test_the_peak_is_what_the_formula_says(window):
         with Peak(client) as peak:
             result = dask_nn.train(model, X, y, **options)
     assert result.run.streamed
-    sizes = [BLOCK_BYTES + 4 * BLOCK_ROWS] * BLOCKS
+    size = BLOCK_BYTES + 4 * BLOCK_ROWS
+    needs = Needs(rows_bytes=(size,) * BLOCKS, block_bytes=size)
     room = int(3 * GIB * 0.7) - max(peak.before)
-    windows = windows_at_a_time(sizes, window=window, shards=1, room_bytes=room)
-    allowed = needed_bytes(sizes, window=result.run.window, shards=1, windows=windows)
+    windows = windows_at_a_time(needs, window=window, shards=1, room_bytes=room)
+    allowed = needs.total_bytes(window=result.run.window, shards=1, windows=windows)
     assert result.run.size_bytes > 5 * allowed  # or the test would show nothing
     grown = [most - before for most, before in zip(peak.bytes, peak.before, strict=True)]
     assert max(grown) < allowed + SLACK_BYTES, [size / MIB for size in grown]

@@ -3,13 +3,17 @@ from __future__ import annotations
 import pickle
 
 import cloudpickle
+import dask
 import dask.array as da
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
 import pytest
 from dask.delayed import delayed
 
 from dask_nn.data.recipes import cook, split_source, write_recipes
 from dask_nn.data.streaming import stream_blocks
+from dask_nn.errors import DataError
 
 ROWS = np.arange(200, dtype="f4").reshape(50, 4)
 
@@ -117,9 +121,79 @@ def test_blocks_that_are_computed_cannot_be_split():
 
 def test_what_only_a_kept_column_needed_is_released(client):
     y = lazy()[:, 0].rechunk(50).rechunk(10)  # one chunk that all blocks are cut from
-    stream, futures = stream_blocks({"X": lazy(), "y": y}, client=client, block_limit_bytes=None)
-    assert (stream.shared, futures) == ((), [])
+    stream, surveyor = stream_blocks({"X": lazy(), "y": y}, client=client, block_limit_bytes=None)
+    assert (stream.shared, surveyor.futures) == ((), [])
     np.testing.assert_array_equal(stream.kept[1], ROWS[:, 0])
     scaled = lazy() - lazy().mean(axis=0)
-    stream, futures = stream_blocks({"X": scaled, "y": y}, client=client, block_limit_bytes=None)
-    assert len(stream.shared) == len(futures) == 1
+    stream, surveyor = stream_blocks({"X": scaled, "y": y}, client=client, block_limit_bytes=None)
+    assert len(stream.shared) == len(surveyor.futures) == 1
+
+
+def counted(counts: list[int], chunks: int = 25) -> da.Array:
+    """Return an array whose chunks note that they are computed."""
+
+    def read(block):
+        counts.append(int(block[0, 0]))
+        return ROWS[block[0, 0] * chunks : (block[0, 0] + 1) * chunks]
+
+    return da.map_blocks(
+        read,
+        da.arange(-(-50 // chunks), chunks=1)[:, None],
+        chunks=(da.core.normalize_chunks(chunks, (50,))[0], (4,)),
+        dtype="f4",
+        meta=np.empty((0, 4), "f4"),
+    )
+
+
+def test_large_chunks_that_many_blocks_are_cut_from_are_not_held(monkeypatch):
+    """They are computed for each block, and only so many times."""
+    counts: list[int] = []
+    fine = counted(counts).rechunk((5, 4))
+    small, _ = stream_blocks({"X": fine}, client=None, block_limit_bytes=None)
+    assert len(small.shared) == 2
+    monkeypatch.setattr("dask_nn.data.recipes.SHARED_BYTES", 300)
+    stream, _ = stream_blocks({"X": fine}, client=None, block_limit_bytes=None)
+    assert not any("read" in str(key) for key in stream.shared)
+    counts.clear()
+    found = [stream.compute(block, 5 * block, stream.values)[0] for block in range(10)]
+    np.testing.assert_array_equal(np.concatenate(found), ROWS)
+    assert sorted(counts) == [0] * 5 + [1] * 5
+    monkeypatch.setattr("dask_nn.data.recipes.MOST_REPEATS", 4)
+    with pytest.raises(DataError, match=r"5 blocks need the same .* too large to be at every"):
+        stream_blocks({"X": fine}, client=None, block_limit_bytes=None)
+
+
+def test_a_mean_is_shared_though_the_chunks_below_it_are_large(monkeypatch):
+    monkeypatch.setattr("dask_nn.data.recipes.SHARED_BYTES", 300)
+    X = lazy(5)
+    stream, _ = stream_blocks({"X": X - X.mean(axis=0)}, client=None, block_limit_bytes=None)
+    assert len(stream.shared) == 1
+    np.testing.assert_allclose(
+        stream.compute(3, 15, stream.values)[0], ROWS[15:20] - ROWS.mean(axis=0), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "rechunk"])
+def test_what_goes_between_all_workers_at_once_is_refused_by_name(kind, client):
+    if kind == "rechunk":
+        with dask.config.set({"array.rechunk.method": "p2p"}):
+            X = lazy().rechunk((-1, 1)).rechunk((7, 4))
+    else:
+        frame = pd.DataFrame(ROWS, columns=list("abcd")).astype({"a": "int64"})
+        parts = dd.from_pandas(frame, npartitions=4).shuffle("a").to_delayed()
+        arrays = [da.from_delayed(delayed(np.asarray)(p), (np.nan, 4), "f8") for p in parts]
+        X = da.concatenate(arrays, allow_unknown_chunksizes=True)
+    with pytest.raises(DataError, match=r"P2P.*Zarr or Parquet first"):
+        write_recipes([X])
+
+
+def test_a_large_literal_is_sent_once_and_not_with_every_block(client, monkeypatch):
+    monkeypatch.setattr("dask_nn.data.recipes.LARGE_LITERAL_BYTES", 100)
+    table = delayed(ROWS, name="table", traverse=False)
+    cut = delayed(lambda rows, start: rows[start : start + 5])
+    X = da.concatenate([da.from_delayed(cut(table, n), (5, 4), "f4") for n in range(0, 50, 5)])
+    stream, surveyor = stream_blocks({"X": X}, client=client, block_limit_bytes=None)
+    assert stream.shared == ("table",)
+    assert list(surveyor.literals) == ["table"]
+    assert len(client.who_has(surveyor.futures)["table"]) == 2
+    assert ROWS.tobytes() not in cloudpickle.dumps(stream.recipes[0])

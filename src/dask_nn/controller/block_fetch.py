@@ -11,7 +11,7 @@ import psutil
 from distributed.utils import sync
 from distributed.utils_comm import gather_from_workers
 
-from dask_nn.data.memory import PROCESS_SHARE
+from dask_nn.data.memory import PROCESS_SHARE, choose_loaders
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     type BlockSource = tuple[tuple[Any, ...], ...] | Stream
 
-__all__ = ["BlockSource", "make_reader", "room_bytes", "used_bytes"]
+__all__ = ["CACHE_SHARE", "BlockSource", "make_reader", "room_bytes", "used_bytes"]
 
 # Fetched blocks are kept up to this share of a worker's memory limit.
 CACHE_SHARE = 0.15
@@ -36,8 +36,6 @@ ATTEMPT_S = 60.0
 LOOK_S = 1.0
 PAUSE_S = 0.2
 POLL_S = 0.1
-# Blocks of a stream that one rank computes at the same time.
-MOST_LOADERS = 4
 
 
 def used_bytes(worker: Worker) -> int:
@@ -90,7 +88,11 @@ def make_reader(
             data,
             fetch_shared=fetch,
             place=worker.address,
-            threads=max(1, min(MOST_LOADERS, worker.state.nthreads // 2)),
+            threads=choose_loaders(
+                worker.state.nthreads,
+                size_bytes * max(data.lengths, default=0) // max(1, sum(data.lengths)),
+                int(worker.memory_manager.memory_limit or 0),
+            ),
             check=partial(_check, abort),
         )
     limit = worker.memory_manager.memory_limit

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dask_nn.data.batches import batched_bytes
+from dask_nn.controller.block_fetch import CACHE_SHARE
+from dask_nn.data.batches import needs_of
 from dask_nn.data.blocks import Blocks, align
 from dask_nn.data.inputs.parts import delayed_parts
 from dask_nn.data.inputs.read import is_name, read_inputs
-from dask_nn.data.memory import HELD_SHARE, Room, fit_window
+from dask_nn.data.memory import HELD_SHARE, Room, choose_loaders, fit_window
 from dask_nn.data.peek import check_finite
-from dask_nn.errors import DataError
+from dask_nn.data.sizes import SHARED_BYTES
+from dask_nn.errors import ConfigurationError, DataError
 from dask_nn.grouping import group_of
 from dask_nn.metrics.forward import floating_dtype
 
@@ -41,7 +43,8 @@ class DataSets:
         self._options = options
         self._client = client
         self._settings = settings
-        self._room = _room(workers)
+        self._workers = workers
+        self._room = _room(workers, client)
         self.notes: list[tuple[str, dict[str, Any]]] = []
 
     def place(self, X: Any, y: Any, sample_weight: Any) -> Blocks:
@@ -63,9 +66,8 @@ class DataSets:
             memory=options.memory,
             room=self._room,
         )
-        if blocks.stream is None:
-            self._room = self._room.without(blocks.size_bytes)
-        else:
+        self._room = self._room.without(blocks.new_bytes)
+        if blocks.stream is not None:
             details = {
                 "blocks": len(blocks.lengths),
                 "size_bytes": blocks.size_bytes,
@@ -76,39 +78,96 @@ class DataSets:
         return blocks
 
     def fit_window(
-        self, blocks: Blocks, model: nn.Module, seating: Seating | None, shards: int
+        self,
+        blocks: Blocks,
+        validation: Blocks | None,
+        *,
+        model: nn.Module,
+        seating: Seating | None,
+        shards: int,
     ) -> int:
         """Give the window that every worker of the gang has room for."""
         wanted = self._options.window or self._settings.window
-        if blocks.stream is None:
-            return wanted
-        sizes = batched_bytes(blocks.fields, blocks.lengths, floating_dtype(model))
         ranks = 1 if seating is None else len(seating.workers)
-        window = fit_window(
-            sizes, window=wanted, shards=-(-shards // ranks), room_bytes=self._room.worker_bytes
+        needs = needs_of(
+            blocks.fields,
+            blocks.lengths,
+            floating_dtype(model),
+            validation_lengths=() if validation is None else validation.lengths,
+            loaders=self._loaders(blocks),
+            other_bytes=sum(map(self._other_bytes, filter(None, (blocks, validation)))),
         )
+        room_bytes = self._room.worker_bytes
+        try:
+            window = fit_window(
+                needs, window=wanted, shards=-(-shards // ranks), room_bytes=room_bytes
+            )
+        except ConfigurationError:
+            if blocks.stream is not None:
+                raise
+            window = 1  # what is held is held: Dask may spill some of it meanwhile
         if window < wanted:
             self.notes.append(("window-reduced", {"wanted": wanted, "window": window}))
         return window
 
+    def _loaders(self, blocks: Blocks) -> int:
+        """Tell how many blocks at a time the busiest worker reads."""
+        if blocks.stream is None:
+            return 1
+        largest = blocks.size_bytes * max(blocks.lengths) // max(1, blocks.num_samples)
+        return max(
+            (choose_loaders(w.threads, largest, w.memory_bytes) for w in self._workers), default=1
+        )
 
-def _room(workers: tuple[WorkerFacts, ...]) -> Room:
-    """Find out how much memory data may take."""
+    def _other_bytes(self, blocks: Blocks) -> int:
+        """Tell what a worker has of a data set beside its windows."""
+        if blocks.stream is not None:
+            shared = SHARED_BYTES if blocks.stream.shared else 0
+            return shared + sum(column.nbytes for column in blocks.stream.kept.values())
+        limit = min((worker.memory_bytes for worker in self._workers), default=0)
+        return min(blocks.size_bytes, int(limit * CACHE_SHARE))
+
+
+def _room(workers: tuple[WorkerFacts, ...], client: Client | None) -> Room:
+    """Find out how much memory data may take, beside what Dask holds already."""
     if not workers:
         available = psutil.virtual_memory().available
         return Room(held_bytes=int(available * HELD_SHARE), worker_bytes=None)
     limits = [worker.memory_bytes for worker in workers]
-    rooms = [room for worker in workers if (room := worker.room_bytes) is not None]
+    managed = _managed_bytes(client)
+    rooms = [
+        max(0, room - managed.get(worker.address, 0))
+        for worker in workers
+        if (room := worker.room_bytes) is not None
+    ]
     if not all(limits):
         # Workers without a limit share what their hosts have; this one stands for all.
         return Room(
             held_bytes=int(psutil.virtual_memory().available * HELD_SHARE),
             worker_bytes=min(rooms, default=None),
+            num_workers=len(workers),
         )
     held = sum(
-        max(0, int(worker.memory_bytes * HELD_SHARE) - worker.used_bytes) for worker in workers
+        max(
+            0,
+            int(worker.memory_bytes * HELD_SHARE)
+            - worker.used_bytes
+            - managed.get(worker.address, 0),
+        )
+        for worker in workers
     )
-    return Room(held_bytes=held, worker_bytes=min(rooms))
+    return Room(held_bytes=held, worker_bytes=min(rooms), num_workers=len(workers))
+
+
+def _managed_bytes(client: Client | None) -> dict[str, int]:
+    """Tell what Dask holds in the memory of each worker, as the scheduler heard last."""
+    if client is None:
+        return {}
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {
+        address: int(worker["metrics"].get("managed_bytes", 0))
+        for address, worker in workers.items()
+    }
 
 
 def parts_of_validation(validation: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
@@ -139,5 +198,6 @@ def parts_of_validation(validation: Any, y: Any, sample_weight: Any) -> tuple[An
 def check_targets(blocks: Blocks, client: Client | None) -> None:
     """Refuse targets and weights that are no numbers."""
     for place, field in enumerate(blocks.fields):
-        if group_of(field.name) != "X" and field.dtype.kind == "f":
+        checked = blocks.stream is not None and place in blocks.stream.finite
+        if group_of(field.name) != "X" and field.dtype.kind == "f" and not checked:
             check_finite(blocks, place=place, client=client)

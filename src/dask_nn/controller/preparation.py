@@ -103,7 +103,7 @@ def prepare(
             workers, shards=shards, threads_per_rank=threads, device=options.device
         )
         threads = seating.threads_per_rank
-    window = data.fit_window(blocks, model, seating, shards)
+    window = data.fit_window(blocks, validation_blocks, model=model, seating=seating, shards=shards)
     spec = TrainingSpec(
         model=model,
         loss=options.loss,
@@ -187,8 +187,12 @@ def _target_place(blocks: Blocks) -> int | None:
 def _check_known_sizes(features: Any, options: Options, shards: int) -> None:
     """Refuse too little data before any of it is computed, where its length is known."""
     shape = getattr(features, "shape", None)
-    if isinstance(shape, tuple) and shape and isinstance(shape[0], int | np.integer):
-        check_sizes(int(shape[0]), batch_size=options.batch_size, shards=shards)
+    if not isinstance(shape, tuple) or not shape:
+        return
+    dims = getattr(features, "dims", ())  # of xarray
+    axis = dims.index(options.batch_dim) if options.batch_dim in dims else 0
+    if isinstance(shape[axis], int | np.integer):
+        check_sizes(int(shape[axis]), batch_size=options.batch_size, shards=shards)
 
 
 def _check_same_rows(blocks: Blocks, validation: Blocks) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dask_nn.data.memory import Needs
 from dask_nn.data.prefetch import Prefetcher
 from dask_nn.errors import DataError
 from dask_nn.grouping import group_of
@@ -27,8 +28,8 @@ __all__ = [
     "Batch",
     "ShardBatches",
     "batch_dtypes",
-    "batched_bytes",
     "load_window",
+    "needs_of",
     "new_rows",
 ]
 
@@ -66,15 +67,44 @@ def batch_dtypes(fields: Sequence[Field], floating: torch.dtype) -> tuple[torch.
     return tuple(found)
 
 
-def batched_bytes(
-    fields: Sequence[Field], lengths: Sequence[int], floating: torch.dtype
-) -> list[int]:
-    """Give the size of every block's rows as they are batched, the largest first."""
-    row_bytes = sum(
+def needs_of(
+    fields: Sequence[Field],
+    lengths: Sequence[int],
+    floating: torch.dtype,
+    *,
+    validation_lengths: Sequence[int] = (),
+    loaders: int = 1,
+    other_bytes: int = 0,
+) -> Needs:
+    """Tell what a rank that reads some blocks needs memory for.
+
+    Parameters
+    ----------
+    fields : sequence of Field
+        What a block consists of.
+    lengths : sequence of int
+        Rows of each block.
+    floating : torch.dtype
+        The model's floating type.
+    validation_lengths : sequence of int
+        Rows of each validation block; such a block is read, and copied as a whole.
+    loaders : int
+        Blocks that are read at the same time.
+    other_bytes : int
+        Whatever else stays in memory.
+    """
+    row = sum(
         math.prod(field.shape) * dtype.itemsize
         for field, dtype in zip(fields, batch_dtypes(fields, floating), strict=True)
     )
-    return [length * row_bytes for length in sorted(lengths, reverse=True)]
+    stored = sum(field.row_bytes for field in fields)
+    validation = max(validation_lengths, default=0) * (3 * stored + row)
+    return Needs(
+        rows_bytes=tuple(length * row for length in sorted(lengths, reverse=True)),
+        block_bytes=max(lengths, default=0) * stored,
+        loaders=loaders,
+        other_bytes=other_bytes + validation,
+    )
 
 
 def new_rows(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
-from distributed.client import futures_of
 
 from dask_nn.data.memory import Memory, Room, fits
 from dask_nn.data.resident import (
@@ -77,6 +76,8 @@ class Blocks:
     originals : dict
         From key to array, for blocks that were sent from this process: no graph could compute them
         again if their worker is lost.
+    new_bytes : int
+        What was put into memory for it, where it was not there before.
     """
 
     lengths: tuple[int, ...]
@@ -86,6 +87,7 @@ class Blocks:
     stream: Stream | None = None
     futures: tuple[Any, ...] = ()
     originals: dict[Any, np.ndarray[Any, Any]] = field(default_factory=dict)
+    new_bytes: int = 0
 
     @property
     def source(self) -> Any:
@@ -152,6 +154,7 @@ def align(
     }
     if _streams(lazy, client, memory, room):
         return _streamed(arrays | lazy, client, room)
+    held = {name for name, array in lazy.items() if is_persisted(array, client)}
     persisted = persist(lazy, client)
     arrays |= {name: resolve_lengths(name, array, client) for name, array in persisted.items()}
     num_samples = _check_some(arrays)
@@ -175,7 +178,12 @@ def align(
         if isinstance(kept, Sent):
             originals |= kept.pieces
     return Blocks(
-        lengths=lengths, fields=fields, keys=rows, futures=tuple(futures), originals=originals
+        lengths=lengths,
+        fields=fields,
+        keys=rows,
+        futures=tuple(futures),
+        originals=originals,
+        new_bytes=sum(lengths) * sum(f.row_bytes for f in fields if f.name not in held),
     )
 
 
@@ -193,22 +201,20 @@ def _streams(
             )
             raise DataError(message)
         return False
-    rests = any(futures_of(array) for array in lazy.values())
-    if memory == "stream":
-        if rests:
+    unheld = [array for array in lazy.values() if not is_persisted(array, client)]
+    if not unheld and (client is not None or memory == "auto"):
+        if memory == "stream":
             message = (
-                "memory='stream' makes every block anew, but these inputs rest on persisted data; "
+                "memory='stream' makes every block anew, but these inputs are persisted already; "
                 "pass the collection as it was before persist(), or use memory='resident'"
             )
             raise DataError(message)
-        return True
-    if rests or all(is_persisted(array, client) for array in lazy.values()):
         return False
-    return room is not None and not fits(measure(list(lazy.values()), client), room)
+    return memory == "stream" or (room is not None and not fits(measure(unheld, client), room))
 
 
 def _streamed(arrays: dict[str, Any], client: Client | None, room: Room | None) -> Blocks:
-    stream, futures = stream_blocks(
+    stream, surveyor = stream_blocks(
         arrays, client=client, block_limit_bytes=None if room is None else room.block_bytes
     )
     num_samples = sum(stream.lengths)
@@ -224,7 +230,11 @@ def _streamed(arrays: dict[str, Any], client: Client | None, room: Room | None) 
         message = f"there is nothing to train on: {', '.join(arrays)} have 0 rows"
         raise DataError(message)
     return Blocks(
-        lengths=stream.lengths, fields=_fields(arrays), stream=stream, futures=tuple(futures)
+        lengths=stream.lengths,
+        fields=_fields(arrays),
+        stream=stream,
+        futures=tuple(surveyor.futures),
+        originals=surveyor.literals if client is not None else {},
     )
 
 

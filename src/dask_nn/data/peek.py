@@ -10,8 +10,9 @@ import cloudpickle
 import numpy as np
 from distributed import Future
 
+from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.sending import gather
-from dask_nn.data.stream import Stream, Surveyor
+from dask_nn.data.stream import Stream, Surveyor, needed_keys
 from dask_nn.errors import ClusterError, DataError
 
 if TYPE_CHECKING:
@@ -120,18 +121,8 @@ def check_finite(blocks: Blocks, *, place: int, client: Client | None) -> None:
     DataError
         If it has; names the field and the first such row.
     """
-    parts = _on_blocks(_not_finite, blocks, place, client)
-    start = 0
-    for length, (count, first) in zip(blocks.lengths, parts, strict=False):
-        if count:
-            total = sum(number for number, _ in parts)
-            name = blocks.fields[place].name
-            message = (
-                f"{name} has {total} values that are missing (NaN) or infinite, the first in row "
-                f"{start + first}; drop or fill those rows"
-            )
-            raise DataError(message)
-        start += length
+    parts = _on_blocks(not_finite, blocks, place, client)
+    check_found(parts, blocks.lengths, blocks.fields[place].name)
 
 
 def _on_blocks(
@@ -178,11 +169,14 @@ def _heads_of_stream(
             for place, column in stream.kept.items()
         },
     )
+    few = replace(few, shared=needed_keys(few.recipes))
+    of_key = dict(zip(stream.shared, blocks.futures, strict=False))
     order = cloudpickle.dumps((few, [take for _, take in takes]))
     try:
         if client is None:
             return _heads(order, [])
-        task = client.submit(_heads, order, list(blocks.futures), pure=False)
+        futures = [of_key[key] for key in few.shared]
+        task = client.submit(_heads, order, futures, pure=False)
         heads: list[list[Array]] = gather(client, [task])[0]
     except ClusterError:
         raise
@@ -208,13 +202,6 @@ def _head(array: Array, rows: int) -> Array:
 
 def _first(function: Callable[[Array], Any], columns: tuple[Array, ...]) -> Any:
     return function(columns[0])
-
-
-def _not_finite(values: Array) -> tuple[int, int]:
-    """Count values that are not finite, and find the first row with one."""
-    values = np.asarray(values)
-    bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-    return int(bad.sum()), int(bad.argmax()) if len(bad) else 0
 
 
 def _range(labels: Array, *, ignore: int) -> LabelRange:

@@ -11,7 +11,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from dask.sizeof import sizeof
 
+from dask_nn.data.sizes import SHARED_BYTES
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +32,11 @@ type Block = tuple[np.ndarray[Any, Any], ...]
 
 class BlockReader(ABC):
     """Gives the arrays of a block, by its number; called from one thread at a time."""
+
+    @property
+    def loaders(self) -> int:
+        """Blocks that may be read at the same time."""
+        return 1
 
     @abstractmethod
     def read(self, block: int) -> Block:
@@ -145,7 +152,7 @@ class StreamReader(BlockReader):
     stream : Stream
         How.
     fetch_shared : callable
-        From the keys of what many blocks need to the values; called once, at the first read.
+        From the keys of what many blocks need to the values; what was needed last is kept.
     place : str
         Where this is, for errors.
     threads : int
@@ -169,11 +176,18 @@ class StreamReader(BlockReader):
         self._threads = threads
         self._check = check
         self._starts = stream.starts
-        self._shared: dict[Any, Any] | None = None
+        self._shared: OrderedDict[Any, Any] = OrderedDict()
+        self._shared_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def loaders(self) -> int:
+        """Blocks that may be computed at the same time."""
+        return self._threads
 
     def read(self, block: int) -> Block:
         """Compute the arrays of a block; what looks like a moment's trouble is tried again."""
-        shared = self._shared_values()
+        shared = self._shared_values(block)
         for pause_s in (*RETRY_PAUSES_S, None):
             try:
                 return self._stream.compute(block, self._starts[block], shared)
@@ -192,7 +206,6 @@ class StreamReader(BlockReader):
         if self._threads == 1 or len(blocks) < 2:
             yield from super().read_many(blocks)
             return
-        self._shared_values()
         with ThreadPoolExecutor(self._threads, "dask-nn-read") as pool:
             waiting: deque[Future[Block]] = deque()
             left = iter(blocks)
@@ -208,14 +221,25 @@ class StreamReader(BlockReader):
                 for future in waiting:
                     future.cancel()
 
-    def _shared_values(self) -> dict[Any, Any]:
-        if self._shared is None:
-            keys = list(self._stream.shared)
-            self._shared = dict(self._stream.values)
-            missing = [key for key in keys if key not in self._shared]
-            if missing:
-                self._shared |= dict(zip(missing, self._fetch_shared(missing), strict=True))
-        return self._shared
+    def _shared_values(self, block: int) -> dict[Any, Any]:
+        """Give what a block needs of what is shared; what does not fit is fetched when needed."""
+        wanted = self._stream.recipes[block].shared if self._stream.recipes else ()
+        values = self._stream.values
+        with self._lock:
+            missing = [key for key in wanted if key not in values and key not in self._shared]
+            for key, value in zip(
+                missing, self._fetch_shared(missing) if missing else (), strict=True
+            ):
+                self._shared[key] = value
+                self._shared_bytes += sizeof(value)
+            found = {}
+            for key in wanted:
+                if key in self._shared:
+                    self._shared.move_to_end(key)
+                found[key] = values[key] if key in values else self._shared[key]
+            while self._shared_bytes > SHARED_BYTES and len(self._shared) > len(wanted):
+                self._shared_bytes -= sizeof(self._shared.popitem(last=False)[1])
+        return found
 
     def _failed(self, block: int, error: Exception, attempts: int) -> DataError:
         where = f" on {self._place}" if self._place else ""

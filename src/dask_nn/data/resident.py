@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 import uuid
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -14,6 +15,7 @@ import numpy as np
 from dask.core import flatten
 from distributed.client import futures_of
 
+from dask_nn.data.problem import Problem
 from dask_nn.data.sending import send, wait_while_able
 from dask_nn.errors import DataError
 
@@ -31,7 +33,8 @@ def one_chunk_per_row_block(array: da.Array) -> da.Array:
     if not cut:
         return array
     try:
-        rechunked: da.Array = array.rechunk(cut)
+        with dask.config.set({"array.rechunk.method": "tasks"}):  # only neighbours are joined
+            rechunked: da.Array = array.rechunk(cut)
     except ValueError as error:
         message = f"chunks along axes {sorted(cut)} cannot be joined: {error}"
         raise DataError(message) from error
@@ -61,12 +64,32 @@ def _wait(client: Client, arrays: dict[str, da.Array]) -> None:
     for name, column in futures.items():
         for future in column:
             if future.status != "finished":
-                error = future.exception() if future.status == "error" else None
-                block = future.key[1] if isinstance(future.key, tuple) else ""
-                message = (
-                    f"block {block} of {name} could not be computed: {error or future.status!r}"
+                block = future.key[1] if isinstance(future.key, tuple) else 0
+                if future.status != "error":
+                    message = f"block {block} of {name} could not be computed: {future.status}"
+                    raise DataError(message)
+                error = future.exception()
+                workers = _erred_on(client, future.key)
+                problem = Problem(
+                    block,
+                    ", ".join(workers),
+                    f"{type(error).__name__}: {error}",
+                    "".join(traceback.format_exception(error)),
                 )
-                raise DataError(message) from error
+                raise problem.error(name) from error
+
+
+def _erred_on(client: Client, key: Any) -> list[str]:
+    """Tell on which workers a task failed."""
+
+    def look(dask_scheduler: Any = None) -> list[str]:
+        task = dask_scheduler.tasks.get(key)
+        return [] if task is None else sorted(map(str, task.erred_on))
+
+    with contextlib.suppress(Exception):  # the error itself matters more
+        found: list[str] = client.run_on_scheduler(look)
+        return found
+    return []
 
 
 def resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:

@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dask
-from distributed import get_worker
+from dask.delayed import Delayed
+from dask.sizeof import sizeof
+from distributed import Future, get_worker
 
-from dask_nn.data.recipes import Recipe, cook
-from dask_nn.data.sending import gather
-from dask_nn.errors import DataError
+from dask_nn.data.problem import Problem
+from dask_nn.data.recipes import Literal, Recipe, cook
+from dask_nn.data.sending import gather, send
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     import numpy as np
-    from dask.delayed import Delayed
     from distributed import Client
 
     type Array = np.ndarray[Any, Any]
 
-__all__ = ["Stream", "Surveyor"]
+__all__ = ["Stream", "Surveyor", "needed_keys"]
 
 # A survey of many blocks is made by so many tasks for each thread of the cluster.
 TASKS_PER_THREAD = 4
@@ -52,6 +53,8 @@ class Stream:
         Keys of what many recipes need.
     values : dict
         The values of `shared`, where this process computed them.
+    finite : frozenset of int
+        Fields, by position, in which no value is missing or infinite.
     """
 
     recipes: tuple[Recipe, ...]
@@ -60,6 +63,7 @@ class Stream:
     lengths: tuple[int, ...]
     shared: tuple[Any, ...] = ()
     values: dict[Any, Any] = field(default_factory=dict)
+    finite: frozenset[int] = frozenset()
 
     @property
     def starts(self) -> list[int]:
@@ -74,6 +78,7 @@ class Stream:
             self,
             recipes=(self.recipes[block],),
             lengths=(self.lengths[block],),
+            shared=self.recipes[block].shared,
             kept={place: column[rows] for place, column in self.kept.items()},
         )
 
@@ -96,24 +101,6 @@ class Stream:
         return tuple(columns[place] for place in sorted(columns))
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A block that could not be computed."""
-
-    block: int
-    address: str
-    text: str
-    traceback: str
-
-    def raise_(self, what: str) -> None:
-        where = f" on worker {self.address}" if self.address else ""
-        message = (
-            f"block {self.block} of {what} could not be computed{where}: {self.text}\n"
-            f"{self.traceback}"
-        )
-        raise DataError(message)
-
-
 class Surveyor:
     """Looks at blocks before training, where the data lies: many blocks in few tasks.
 
@@ -121,19 +108,15 @@ class Surveyor:
     ----------
     client : Client or None
         Of the cluster; this process if None.
-    shared : sequence of Delayed
-        What many recipes need.
     """
 
-    def __init__(self, client: Client | None, shared: Sequence[Delayed] = ()) -> None:
+    def __init__(self, client: Client | None) -> None:
         self._client = client
-        self.keys: tuple[Any, ...] = tuple(part.key for part in shared)
+        self.keys: tuple[Any, ...] = ()
         self.values: dict[Any, Any] = {}
         self.futures: list[Any] = []
-        if shared and client is None:
-            self.values = dict(zip(self.keys, dask.compute(*shared), strict=True))
-        elif shared and client is not None:
-            self.futures = client.compute(list(shared))
+        self.literals: dict[Any, Any] = {}
+        self._measured: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, stream: Stream, futures: Sequence[Any], client: Client | None) -> Surveyor:
@@ -143,11 +126,44 @@ class Surveyor:
         surveyor.futures = list(futures)
         return surveyor
 
+    def sizes(self, parts: Sequence[Delayed]) -> list[int]:
+        """Compute some values, on the cluster if there is one, and tell their sizes in bytes."""
+        if self._client is None:
+            found = dict(zip([p.key for p in parts], dask.compute(*parts), strict=True))
+            self._measured |= found
+            return [sizeof(found[part.key]) for part in parts]
+        futures = self._client.compute(list(parts))
+        # Held until it is known what is shared: none of it is computed twice.
+        self._measured |= {part.key: future for part, future in zip(parts, futures, strict=True)}
+        return gather(self._client, self._client.map(sizeof, futures, pure=False))
+
+    def share(self, shared: Sequence[Delayed | Future[Any] | Literal]) -> None:
+        """Have what many blocks need computed or sent, once."""
+        self.keys = tuple(part.key for part in shared)
+        self.literals = {part.key: part.value for part in shared if isinstance(part, Literal)}
+        lazy = [part for part in shared if isinstance(part, Delayed)]
+        if self._client is None:
+            missing = [part for part in lazy if part.key not in self._measured]
+            self.values = {part.key: self._measured.get(part.key) for part in lazy} | dict(
+                zip([part.key for part in missing], dask.compute(*missing), strict=True)
+            )
+            self.values |= self.literals
+        else:
+            futures = {part.key: part for part in shared if isinstance(part, Future)}
+            futures |= dict(
+                zip([part.key for part in lazy], self._client.compute(lazy), strict=True)
+            )
+            if self.literals:
+                futures |= send(self._client, self.literals, broadcast=True)
+            self.futures = [futures[key] for key in self.keys]
+        self._measured = {}
+
     def keep(self, needed: AbstractSet[Any]) -> None:
         """Release shared parts that nothing needs any more."""
         kept = [place for place, key in enumerate(self.keys) if key in needed]
         self.keys = tuple(self.keys[place] for place in kept)
         self.values = {key: self.values[key] for key in self.keys if key in self.values}
+        self.literals = {key: self.literals[key] for key in self.keys if key in self.literals}
         self.futures = [self.futures[place] for place in kept] if self.futures else []
 
     def look(
@@ -168,20 +184,28 @@ class Surveyor:
             threads = sum(self._client.nthreads().values()) or 1
             size = max(1, -(-len(numbered) // (threads * TASKS_PER_THREAD)))
             token = uuid.uuid4().hex
-            futures = [
-                self._client.submit(
-                    _look,
-                    cloudpickle.dumps((function, list(group), self.keys)),
-                    self.futures,
-                    key=f"dask-nn-survey-{token}-{group[0][0]}",
+            of_key = dict(zip(self.keys, self.futures, strict=True))
+            futures = []
+            for group in batched(numbered, size, strict=False):
+                needed = needed_keys(recipe for _, recipe in group)
+                futures.append(
+                    self._client.submit(
+                        _look,
+                        cloudpickle.dumps((function, list(group), needed)),
+                        [of_key[key] for key in needed],
+                        key=f"dask-nn-survey-{token}-{group[0][0]}",
+                    )
                 )
-                for group in batched(numbered, size, strict=False)
-            ]
             found = [value for part in gather(self._client, futures) for value in part]
         for value in found:
-            if isinstance(value, _Problem):
-                value.raise_(what)
+            if isinstance(value, Problem):
+                raise value.error(what)
         return found
+
+
+def needed_keys(recipes: Iterable[Recipe]) -> tuple[Any, ...]:
+    """Give the shared parts that some blocks need: no more than that goes to their worker."""
+    return tuple(dict.fromkeys(key for recipe in recipes for key in recipe.shared))
 
 
 def _look(order: bytes, shared: list[Any]) -> list[Any]:
@@ -196,7 +220,7 @@ def _look(order: bytes, shared: list[Any]) -> list[Any]:
             with contextlib.suppress(ValueError):  # not on a worker
                 address = get_worker().address
             found.append(
-                _Problem(
+                Problem(
                     number,
                     address,
                     f"{type(error).__name__}: {error}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import dask.array as da
@@ -12,8 +12,10 @@ from dask.core import flatten
 from dask.utils import format_bytes
 from distributed.client import futures_of
 
+from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.recipes import split_source, write_recipes
-from dask_nn.data.stream import Stream, Surveyor
+from dask_nn.data.sizes import KEPT_BYTES
+from dask_nn.data.stream import Stream, Surveyor, needed_keys
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["is_persisted", "measure", "stream_blocks"]
 
-# Labels and weights of so many bytes in all go to every worker as they are.
-KEPT_BYTES = 64 << 20
 # Blocks that are computed to learn how large blocks are, where nothing says it.
 SAMPLED_BLOCKS = 3
 
@@ -58,6 +58,8 @@ def measure(arrays: Sequence[da.Array], client: Client | None) -> int:
             counts = (
                 dask.compute(*sampled) if client is None else client.gather(client.compute(sampled))
             )
+        except DataError:
+            raise
         except Exception as error:
             message = f"some blocks could not be computed to see how large they are: {error!r}"
             raise DataError(message) from error
@@ -67,7 +69,7 @@ def measure(arrays: Sequence[da.Array], client: Client | None) -> int:
 
 def stream_blocks(
     arrays: dict[str, Any], *, client: Client | None, block_limit_bytes: int | None
-) -> tuple[Stream, list[Any]]:
+) -> tuple[Stream, Surveyor]:
     """Make a stream of aligned arrays.
 
     Parameters
@@ -83,44 +85,58 @@ def stream_blocks(
     -------
     stream : Stream
         For the workers.
-    futures : list
-        What keeps the shared parts on the cluster.
+    surveyor : Surveyor
+        Holds the shared parts on the cluster: `futures`, and `literals` that were sent there.
     """
-    lazy = {name: array for name, array in arrays.items() if isinstance(array, da.Array)}
-    known = not any(np.isnan(array.shape[0]) for array in lazy.values())
-    if known:
-        lazy = _cut(lazy, block_limit_bytes)
-    else:
-        _check_same_blocks(lazy)
     names = list(arrays)
-    places = tuple(names.index(name) for name in lazy)
-    recipes, shared = write_recipes(list(lazy.values()))
-    surveyor = Surveyor(client, shared)
+    lazy = {name: array for name, array in arrays.items() if isinstance(array, da.Array)}
     kept = {
         place: np.asarray(array)
         for place, (name, array) in enumerate(arrays.items())
         if name not in lazy
     }
     _check_kept(kept, names)
-    small = [name for name in lazy if not name.startswith("X") and _is_small(lazy, name)]
-    lengths = tuple(map(int, next(iter(lazy.values())).chunks[0])) if known else ()
-    if known and small:
-        parts = [recipe.only([list(lazy).index(name) for name in small]) for recipe in recipes]
-        found = surveyor.look(_values, parts, " and ".join(small))
-        columns = list(zip(*found, strict=True))
-    elif not known:
-        positions = [list(lazy).index(name) for name in small]
-        found = surveyor.look(partial(_survey, positions), recipes, " and ".join(lazy))
-        lengths = _lengths([shapes for shapes, _ in found], lazy, block_limit_bytes)
-        columns = list(zip(*(values for _, values in found), strict=True))
+    finite: set[int] = set()
+    known = not any(np.isnan(array.shape[0]) for array in lazy.values())
+    if not known and len({array.numblocks[0] for array in lazy.values()}) > 1:
+        lazy = {name: _with_lengths(name, array, client) for name, array in lazy.items()}
+        known = True
+    if known:
+        lazy = _cut(lazy, block_limit_bytes)
+    surveyor = Surveyor(client)
+    recipes, shared = write_recipes(list(lazy.values()), surveyor.sizes)
+    surveyor.share(shared)
+    places = [names.index(name) for name in lazy]
+    targets = [number for number, name in enumerate(lazy) if not name.startswith("X")]
+    if known:
+        lengths = tuple(map(int, next(iter(lazy.values())).chunks[0]))
+        small = [number for number in targets if list(lazy.values())[number].nbytes <= KEPT_BYTES]
+        if small:
+            parts = [recipe.only(small) for recipe in recipes]
+            what = " and ".join(names[places[number]] for number in small)
+            columns = zip(*surveyor.look(_values, parts, what), strict=True)
+            kept |= {
+                places[number]: np.concatenate(column)
+                for number, column in zip(small, columns, strict=True)
+            }
     else:
-        columns = []
-    for name, column in zip(small, columns, strict=True):
-        kept[names.index(name)] = np.concatenate(column)
-    streamed = [number for number, name in enumerate(lazy) if name not in small]
-    if small:
+        share = max(1, 2 * KEPT_BYTES // max(1, len(recipes)))
+        look = partial(_survey, targets, share)
+        found = surveyor.look(look, recipes, " and ".join(lazy))
+        lengths = _lengths([block.shapes for block in found], lazy, block_limit_bytes)
+        for number, target in enumerate(targets):
+            missing = [block.missing[number] for block in found]
+            check_found(missing, lengths, names[places[target]])
+            finite.add(places[target])
+            values = [block.values[number] for block in found]
+            if all(value is not None for value in values):
+                column = np.concatenate(values)
+                if column.nbytes <= KEPT_BYTES:
+                    kept[places[target]] = column
+    streamed = [number for number, place in enumerate(places) if place not in kept]
+    if len(streamed) < len(places):
         recipes = [recipe.only(streamed) for recipe in recipes]
-    surveyor.keep({key for recipe in recipes for key in recipe.shared})
+    surveyor.keep(set(needed_keys(recipes)))
     stream = Stream(
         recipes=tuple(recipes),
         places=tuple(places[number] for number in streamed),
@@ -128,8 +144,21 @@ def stream_blocks(
         lengths=lengths,
         shared=surveyor.keys,
         values=surveyor.values,
+        finite=frozenset(finite),
     )
-    return stream, surveyor.futures
+    return stream, surveyor
+
+
+def _with_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:
+    """Find the rows of an array's blocks by computing each of them once."""
+    if not np.isnan(array.shape[0]):
+        return array
+    surveyor = Surveyor(client)
+    recipes, shared = write_recipes([array], surveyor.sizes)
+    surveyor.share(shared)
+    found = surveyor.look(partial(_survey, [], 0), recipes, name)
+    lengths = _lengths([block.shapes for block in found], {name: array}, None)
+    return da.Array(array.dask, array.name, (lengths, *array.chunks[1:]), meta=array)
 
 
 def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Array]:
@@ -149,23 +178,14 @@ def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Arr
             raise DataError(message)
         reference = smaller
     rows = reference.chunks[0]
-    return {
-        name: reference
-        if name == first
-        else (array if array.chunks[0] == rows else array.rechunk({0: rows}))
-        for name, array in lazy.items()
-    }
-
-
-def _check_same_blocks(lazy: dict[str, da.Array]) -> None:
-    numbers = {name: array.numblocks[0] for name, array in lazy.items()}
-    if len(set(numbers.values())) > 1:
-        listed = ", ".join(f"{name} has {number}" for name, number in numbers.items())
-        message = (
-            f"inputs whose lengths are unknown must have the same number of blocks, but {listed}; "
-            "call compute_chunk_sizes() on them, or repartition them alike"
-        )
-        raise DataError(message)
+    # Not P2P: that moves all rows at once, while blocks are to be made one by one.
+    with dask.config.set({"array.rechunk.method": "tasks"}):
+        return {
+            name: reference
+            if name == first
+            else (array if array.chunks[0] == rows else array.rechunk({0: rows}))
+            for name, array in lazy.items()
+        }
 
 
 def _check_kept(kept: dict[int, Array], names: list[str]) -> None:
@@ -178,22 +198,26 @@ def _check_kept(kept: dict[int, Array], names: list[str]) -> None:
             raise DataError(message)
 
 
-def _is_small(lazy: dict[str, da.Array], name: str) -> bool:
-    """Tell whether a field is so small that every worker can have it."""
-    array = lazy[name]
-    if not np.isnan(array.nbytes):
-        return bool(array.nbytes <= KEPT_BYTES)
-    return bool(array.ndim == 1)
-
-
 def _values(columns: tuple[Array, ...]) -> tuple[Array, ...]:
     return columns
 
 
-def _survey(
-    positions: list[int], columns: tuple[Array, ...]
-) -> tuple[list[tuple[int, ...]], tuple[Array, ...]]:
-    return [column.shape for column in columns], tuple(columns[place] for place in positions)
+class _Surveyed(NamedTuple):
+    """What is found out of a block: all shapes; and of some fields the values, or what is wrong."""
+
+    shapes: list[tuple[int, ...]]
+    values: list[Array | None]
+    missing: list[tuple[int, int]]
+
+
+def _survey(targets: list[int], share_bytes: int, columns: tuple[Array, ...]) -> _Surveyed:
+    """Look at a block once; give back targets of no more than a share of what may be kept."""
+    found = [columns[target] for target in targets]
+    return _Surveyed(
+        [column.shape for column in columns],
+        [column if column.nbytes <= share_bytes else None for column in found],
+        [not_finite(column) for column in found],
+    )
 
 
 def _lengths(

@@ -13,6 +13,7 @@ import dask.array as da
 import numpy as np
 
 from dask_nn.data.inputs.frames import nearest
+from dask_nn.data.zarr_rows import watched
 from dask_nn.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class _Hdf5Rows:
         import h5py
 
         with h5py.File(self.path, "r") as file:
-            found: np.ndarray[Any, Any] = file[self.name][index]
+            dataset = file[self.name]
+            _check_unchanged(f"{self.path}#{self.name}", dataset.shape, self.shape)
+            found: np.ndarray[Any, Any] = dataset[index]
             return found
 
 
@@ -128,7 +131,15 @@ class _NpyRows:
         return len(self.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
-        return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[index])
+        rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        _check_unchanged(self.path, rows.shape, self.shape)
+        return np.array(rows[index])
+
+
+def _check_unchanged(where: str, now: tuple[int, ...], before: tuple[int, ...]) -> None:
+    if now != before:
+        message = f"{where} has changed since it was opened: shape {now}, expected {before}"
+        raise ValueError(message)
 
 
 def _open_zarr(place: str, name: str | None, _: int) -> Any:
@@ -139,9 +150,17 @@ def _open_zarr(place: str, name: str | None, _: int) -> Any:
         raise DataError(message)
     node = zarr.open(place, mode="r")
     if isinstance(node, zarr.Array):
-        return da.from_array(node, chunks=node.chunks)
-    arrays = dict(node.arrays())
-    return _chosen(arrays, name, lambda array: da.from_array(array, chunks=array.chunks))
+        return _of_zarr(node)
+    return _chosen(dict(node.arrays()), name, _of_zarr)
+
+
+def _of_zarr(array: Any) -> Any:
+    return da.from_array(
+        watched(array),
+        chunks=array.chunks,
+        name=f"dask-nn-zarr-{uuid.uuid4().hex}",
+        meta=np.empty((0,) * array.ndim, array.dtype),
+    )
 
 
 def _open_hdf5(place: str, name: str | None, block_size_bytes: int) -> Any:

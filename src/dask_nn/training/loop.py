@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dask_nn import faults
 from dask_nn.collectives.tree import shard_range
-from dask_nn.data.batches import Batch, ShardBatches, batched_bytes
+from dask_nn.data.batches import Batch, ShardBatches, needs_of
 from dask_nn.data.memory import windows_at_a_time
 from dask_nn.errors import NonFiniteLoss
 from dask_nn.events import Progress
@@ -144,7 +144,7 @@ class TrainingLoop:
             fields=spec.fields,
             dtypes=dtypes,
             check=comm.check_abort,
-            windows=self._windows_at_a_time(layout.floating, room_bytes),
+            windows=self._windows_at_a_time(layout.floating, room_bytes, reader.loaders),
         )
         self._metrics = {
             shard: BufferedMetrics(spec.metrics, spec.heads) for shard in self._own if spec.metrics
@@ -238,10 +238,18 @@ class TrainingLoop:
         self._comm.publish()
         return layout.views(self._comm.collect())
 
-    def _windows_at_a_time(self, floating: torch.dtype, room_bytes: int | None) -> int:
+    def _windows_at_a_time(
+        self, floating: torch.dtype, room_bytes: int | None, loaders: int
+    ) -> int:
         """Give 2 if this rank has room for the next window of each shard beside the one in use."""
         return windows_at_a_time(
-            batched_bytes(self._spec.fields, self._spec.block_lengths, floating),
+            needs_of(
+                self._spec.fields,
+                self._spec.block_lengths,
+                floating,
+                validation_lengths=self._spec.validation_lengths,
+                loaders=loaders,
+            ),
             window=self._spec.window,
             shards=len(self._own),
             room_bytes=room_bytes,
