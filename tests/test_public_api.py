@@ -12,6 +12,7 @@ PUBLIC = [
     "Recovery",
     "Synchronous",
     "TrainingResult",
+    "cluster",
     "evaluate",
     "open_data",
     "predict",

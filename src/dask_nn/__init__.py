@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dask_nn.api import evaluate, predict, train
     from dask_nn.callbacks.base import Callback
     from dask_nn.checkpoints.options import Checkpoint
+    from dask_nn.clusters.open import cluster
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.data.urls import open_data
     from dask_nn.training.result import TrainingResult
@@ -26,6 +27,7 @@ _HOME = {
     "Recovery": "dask_nn.controller.failure_policy",
     "Synchronous": "dask_nn.training.strategies",
     "TrainingResult": "dask_nn.training.result",
+    "cluster": "dask_nn.clusters.open",
     "evaluate": "dask_nn.api",
     "open_data": "dask_nn.data.urls",
     "predict": "dask_nn.api",
@@ -38,6 +40,7 @@ __all__ = [
     "Recovery",
     "Synchronous",
     "TrainingResult",
+    "cluster",
     "evaluate",
     "open_data",
     "predict",

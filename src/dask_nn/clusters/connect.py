@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 from distributed import Client, Security
 from distributed.core import rpc
 from distributed.utils import LoopRunner
 
 from dask_nn.clusters.quiet import quiet_distributed
-from dask_nn.errors import SchedulerUnreachable
+from dask_nn.errors import ClusterError, ConfigurationError, SchedulerUnreachable
 
-__all__ = ["connect"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dask_nn.clusters.request import ClusterRequest
+
+__all__ = ["connect", "open_cluster"]
 
 
-def connect(address: str, timeout_s: float = 10) -> Client:
+CONNECT_TIMEOUT_S = 10.0
+
+
+def connect(
+    address: str, timeout_s: float = CONNECT_TIMEOUT_S, *, security: Security | None = None
+) -> Client:
     """Open a client of the scheduler at an address.
 
     Parameters
@@ -23,6 +35,8 @@ def connect(address: str, timeout_s: float = 10) -> Client:
         Such as ``"tcp://10.0.0.5:8786"``; without a protocol TCP is meant.
     timeout_s : float, default 10
         How long to wait for an answer, in seconds.
+    security : distributed.Security, optional
+        The certificates of a scheduler with TLS; as Dask's configuration says by default.
 
     Returns
     -------
@@ -37,14 +51,71 @@ def connect(address: str, timeout_s: float = 10) -> Client:
     try:
         with quiet_distributed():
             # A client waits for ever for the answer of something that listens and is no Dask.
-            kind = LoopRunner().run_sync(_kind, address, timeout_s)
+            kind = LoopRunner().run_sync(_kind, address, timeout_s, security or Security())
             if kind == "Scheduler":
-                return Client(address, timeout=timeout_s)
+                return Client(address, timeout=timeout_s, security=security)
     except Exception as error:
         # Also MemoryError: what another protocol says is read as the length of a message.
         lines = str(error).strip().splitlines()
         raise _unreachable(address, timeout_s, lines[0] if lines else "no answer") from error
     raise _unreachable(address, timeout_s, f"a Dask {kind.lower()} did")
+
+
+@contextmanager
+def open_cluster(request: ClusterRequest) -> Iterator[Client]:
+    """Use the running cluster of a request: ``options["address"]`` says where its scheduler is.
+
+    Raises
+    ------
+    ConfigurationError
+        If the address is missing, or what is asked for would mean to start workers.
+    SchedulerUnreachable
+        If nobody answers there.
+    ClusterError
+        If its workers are not there in time.
+    """
+    options = dict(request.options)
+    address = options.pop("address", None)
+    if not isinstance(address, str):
+        raise ConfigurationError(
+            'cluster kind "address" needs address, the one that `dask scheduler` prints, such as '
+            f'"tcp://10.0.0.5:8786"; got {address!r}'
+        )
+    _refuse_what_starts_workers(request, options)
+    if request.security is True:
+        raise ConfigurationError(
+            "security=True makes new certificates, and the scheduler has its own; give a "
+            "distributed.Security with those"
+        )
+    security = request.security or None
+    timeout_s = min(request.start_timeout_s, CONNECT_TIMEOUT_S)
+    with closing(connect(address, timeout_s, security=security)) as client:
+        _wait_for(client, request)
+        yield client
+
+
+def _refuse_what_starts_workers(request: ClusterRequest, options: dict[str, object]) -> None:
+    asked = [*options]
+    asked += [name for name in ("adapt", "memory", "walltime", "env") if getattr(request, name)]
+    asked += ["cores"] * (request.cores != 1) + ["gpus"] * bool(request.gpus)
+    if asked:
+        raise ConfigurationError(
+            f"cluster kind 'address' uses workers that run already, {', '.join(asked)} would start "
+            "some: leave it out"
+        )
+
+
+def _wait_for(client: Client, request: ClusterRequest) -> None:
+    if request.workers is None:
+        return
+    try:
+        client.wait_for_workers(request.workers, timeout=request.start_timeout_s)
+    except TimeoutError:
+        info = client.scheduler_info(n_workers=-1)
+        raise ClusterError(
+            f"{len(info['workers'])} of {request.workers} workers were at {info['address']} within "
+            f"{request.start_timeout_s:g} s; start more, or ask for less"
+        ) from None
 
 
 def _unreachable(address: str, timeout_s: float, reason: str) -> SchedulerUnreachable:
@@ -54,8 +125,8 @@ def _unreachable(address: str, timeout_s: float, reason: str) -> SchedulerUnreac
     )
 
 
-async def _kind(address: str, timeout_s: float) -> str:
-    arguments = Security().get_connection_args("client")
+async def _kind(address: str, timeout_s: float, security: Security) -> str:
+    arguments = security.get_connection_args("client")
     async with (
         asyncio.timeout(timeout_s),
         rpc(address, timeout=timeout_s, connection_args=arguments) as server,

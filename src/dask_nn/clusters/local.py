@@ -7,27 +7,30 @@ import contextlib
 import logging
 import multiprocessing
 import shutil
-import signal
 import tempfile
 import warnings
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import cpu_count
 from distributed import Client, LocalCluster
-from distributed.utils import LoopRunner
 
+from dask_nn.clusters.loop import loop_blind_to_interrupts, start_in
 from dask_nn.clusters.quiet import quiet_distributed
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["available_cores", "local_cluster"]
+    from distributed import Security
+    from distributed.utils import LoopRunner
+
+    from dask_nn.clusters.request import ClusterRequest
+
+__all__ = ["available_cores", "local_cluster", "open_cluster"]
 
 # Scheduler, nannies and workers of one machine share its cores with the ranks. Sampling stacks and
 # measuring event loops, a hundred times a second in each, would take a tenth of a small step.
@@ -54,7 +57,12 @@ def local_cluster(
     memory_limit: str | float | None = "auto",
     preload: Sequence[str] = ("torch",),
     dashboard_address: str = "127.0.0.1:8787",
+    security: Security | bool | None = None,
+    env: Mapping[str, str] | None = None,
+    gpus: int = 0,
+    start_timeout_s: float = 60,
     close_timeout_s: float = 0.5,
+    **options: Any,
 ) -> Iterator[Client]:
     """Run a cluster on this machine for the length of a ``with`` block.
 
@@ -76,8 +84,18 @@ def local_cluster(
         Modules that the workers import before they take work.
     dashboard_address : str, default "127.0.0.1:8787"
         Where the dashboard listens; another port is taken where this one is busy.
+    security : distributed.Security, optional
+        TLS for everything that Dask sends.
+    env : mapping, optional
+        Environment variables of worker processes.
+    gpus : int, default 0
+        With 1, worker number n sees GPU number n alone.
+    start_timeout_s : float, default 60
+        How long to wait for the workers.
     close_timeout_s : float, default 0.5
         What is still alive so many seconds after the block ended is killed.
+    **options
+        Of ``distributed.LocalCluster``.
 
     Yields
     ------
@@ -103,31 +121,80 @@ def local_cluster(
         stack.enter_context(dask.config.set(PATIENT_WITH_NANNIES))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
-        runner = _loop_blind_to_interrupts()
+        runner = loop_blind_to_interrupts()
         stack.callback(runner.stop, close_timeout_s)
         with warnings.catch_warnings(), dask.config.set(FEW_WAKE_UPS):
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
             warnings.filterwarnings("ignore", message="Port .* is already in use")
-            cluster = _in_loop(
+            cluster = start_in(
                 runner,
-                _make,
-                n_workers=workers,
-                threads_per_worker=threads_per_worker,
-                processes=processes,
-                memory_limit=memory_limit,
-                local_directory=scratch,
-                scheduler_kwargs={"local_directory": scratch},
-                dashboard_address=dashboard_address,
-                silence_logs=logging.CRITICAL,
-                asynchronous=True,
-                **({"preload": list(preload)} if processes and preload else {}),
-            )
+                _make(
+                    n_workers=workers,
+                    threads_per_worker=threads_per_worker,
+                    processes=processes,
+                    memory_limit=memory_limit,
+                    local_directory=scratch,
+                    scheduler_kwargs={"local_directory": scratch},
+                    dashboard_address=dashboard_address,
+                    silence_logs=logging.CRITICAL,
+                    security=security,
+                    asynchronous=True,
+                    **({"preload": list(preload)} if processes and preload else {}),
+                    **({"env": dict(env)} if processes and env else {}),
+                    **options,
+                ),
+            ).result()
             stack.push(partial(_close, runner, cluster, before, close_timeout_s))
-            _in_loop(runner, _started, cluster)
-        client = Client(cluster.scheduler_address, timeout=30, loop=runner.loop)
+            if gpus:
+                _give_a_gpu_to_each(cluster)
+            start_in(runner, _started(cluster)).result()
+        client = Client(cluster, timeout=30)
         stack.callback(client.close, timeout=close_timeout_s)
-        client.wait_for_workers(workers, timeout=60)
+        client.wait_for_workers(workers, timeout=start_timeout_s)
         yield client
+
+
+@contextmanager
+def open_cluster(request: ClusterRequest) -> Iterator[Client]:
+    """Run the local cluster of a request.
+
+    Raises
+    ------
+    ConfigurationError
+        If an option cannot work.
+    """
+    options = dict(request.options)
+    if request.gpus and request.adapt:
+        raise ConfigurationError(
+            "adapt cannot share out this machine's GPUs; give workers=, one for each GPU"
+        )
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(
+                local_cluster(
+                    request.wanted,
+                    request.cores,
+                    memory_limit=request.memory or options.pop("memory_limit", "auto"),
+                    preload=request.preload,
+                    security=request.security,
+                    env=request.env,
+                    gpus=request.gpus,
+                    start_timeout_s=request.start_timeout_s,
+                    **options,
+                )
+            )
+        except TypeError as error:
+            raise ConfigurationError(f"the local cluster cannot be made: {error}") from error
+        if request.adapt:
+            cluster: Any = client.cluster
+            cluster.adapt(minimum=request.adapt[0], maximum=request.adapt[1])
+        yield client
+
+
+def _give_a_gpu_to_each(cluster: Any) -> None:
+    for number, spec in enumerate(cluster.worker_spec.values()):
+        env = {**spec["options"].get("env", {}), "CUDA_VISIBLE_DEVICES": str(number)}
+        spec["options"] = {**spec["options"], "env": env}
 
 
 async def _make(**options: Any) -> LocalCluster:
@@ -146,29 +213,6 @@ async def _closed(cluster: Any) -> None:
     # A cluster that was interrupted while it started leaves its scheduler open.
     if cluster.scheduler is not None:
         await cluster.scheduler.close()
-
-
-def _in_loop(runner: LoopRunner, function: Any, *arguments: Any, **options: Any) -> Any:
-    coroutine = function(*arguments, **options)
-    return asyncio.run_coroutine_threadsafe(coroutine, runner.loop.asyncio_loop).result()
-
-
-def _loop_blind_to_interrupts() -> LoopRunner:
-    """Start an event loop in a thread whose child processes will have SIGINT blocked."""
-    # The tracker unblocks SIGINT in the thread that starts it, so it must be running before.
-    resource_tracker.ensure_running()
-    runner = LoopRunner()
-    if not hasattr(signal, "pthread_sigmask"):
-        runner.start()
-        return runner
-    # Threads inherit the mask of the thread that starts them, and processes that of the thread
-    # that forks them; the main thread goes on to hear Ctrl-C.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        runner.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return runner
 
 
 def _close(

@@ -1,0 +1,244 @@
+"""Run any of Dask's clusters for the length of a block: start, wait, keep, and leave nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client
+from distributed.deploy.adaptive import Adaptive
+
+from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in
+from dask_nn.clusters.quiet import quiet_distributed
+from dask_nn.errors import ClusterError, DaskNNError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from distributed.deploy.cluster import Cluster
+    from distributed.utils import LoopRunner
+
+    from dask_nn.clusters.request import ClusterRequest
+
+__all__ = ["KeptWorkers", "serve"]
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 60.0
+SETTLE_TIMEOUT_S = 15.0
+# How often it is looked whether the workers are there, and whether they can still come.
+LOOK_EVERY_S = 0.2
+ASK_EVERY_S = 2.0
+
+
+class KeptWorkers(Adaptive):
+    """Keep as many workers as were last asked for with ``cluster.scale``.
+
+    Dask's clusters forget a job that ended, ``adapt`` with a minimum brings it back; but a range of
+    one number would undo ``cluster.scale``.
+    """
+
+    async def target(self) -> int:
+        """Give the number of workers that were asked for."""
+        return len(self.plan)
+
+
+@contextmanager
+def serve(
+    request: ClusterRequest,
+    make: Callable[[], Cluster | Awaitable[Cluster]],
+    *,
+    keep: bool = True,
+    explain: Callable[[Cluster], Awaitable[str]] | None = None,
+    hopeless: Callable[[Cluster], Awaitable[str]] | None = None,
+    close: Callable[[Cluster], Awaitable[None]] | None = None,
+    close_timeout_s: float = CLOSE_TIMEOUT_S,
+) -> Iterator[Client]:
+    """Start a cluster, scale it, wait for its workers, and close it whatever happens.
+
+    Parameters
+    ----------
+    request : ClusterRequest
+        How many workers, and how long to wait for them.
+    make : callable
+        Makes the cluster with ``asynchronous=True``; called in the thread of an event loop. The
+        cluster need not be started, nor have workers: it is awaited and then scaled.
+    keep : bool, default True
+        Whether a fixed number of workers needs keeping (`KeptWorkers`); not where the platform
+        itself restarts what ended.
+    explain : callable, optional
+        ``await explain(cluster)`` gives what the platform says of workers that did not come: the
+        queue, pending jobs, ends of logs.
+    hopeless : callable, optional
+        ``await hopeless(cluster)`` is asked every two seconds while workers are missing; a text
+        that is not empty says why none will come, and ends the waiting.
+    close : callable, optional
+        ``await close(cluster)`` is called after the cluster was closed, even if that failed: to
+        end what may be left.
+    close_timeout_s : float, default 60
+        How long that may take.
+
+    Yields
+    ------
+    distributed.Client
+        With its cluster as ``client.cluster``.
+
+    Raises
+    ------
+    ClusterError
+        If the cluster or its workers did not start.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_distributed())
+        runner = loop_blind_to_interrupts()
+        stack.callback(runner.stop, 1)
+        made: list[Cluster] = []
+        stack.callback(_close, runner, made, close, close_timeout_s)
+        deadline = time.monotonic() + request.start_timeout_s
+        _start_cluster(runner, request, make, made)
+        cluster = made[0]
+        client = Client(cluster, timeout=30, set_as_default=True)
+        stack.callback(client.close, timeout=5)
+        _wait(runner, cluster, request, deadline, explain, hopeless)
+        if keep or request.adapt:
+            start_in(runner, _keep(cluster, request.adapt)).result(10)
+        yield client
+
+
+def _start_cluster(
+    runner: LoopRunner, request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]
+) -> None:
+    started = start_in(runner, _start(request, make, made))
+    try:
+        started.result()
+    except TimeoutError:
+        raise _too_late(request, "it was still starting") from None
+    except KeyboardInterrupt:
+        # A job that is just being submitted has no number yet by which it could be ended.
+        with contextlib.suppress(Exception):
+            see_through(started, SETTLE_TIMEOUT_S)
+        started.cancel()
+        raise
+    except DaskNNError:
+        raise
+    except Exception as error:
+        raise ClusterError(f"the {request.kind} cluster did not start: {_why(error)}") from error
+
+
+async def _start(request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]) -> None:
+    async with asyncio.timeout(request.start_timeout_s):
+        cluster = make()
+        if inspect.isawaitable(cluster) and not hasattr(cluster, "scheduler_info"):
+            cluster = await cluster
+        made.append(cluster)
+        # The block closes it; at the end of the process there would be no loop to do so.
+        cluster.shutdown_on_close = False
+        await cluster
+        if request.wanted is not None and len(cluster.plan) != request.wanted:
+            scaled = cluster.scale(request.wanted)
+            if inspect.isawaitable(scaled):
+                await scaled
+            # Raises what is wrong with the workers, where they are submitted one by one.
+            await cluster
+
+
+async def _keep(cluster: Any, adapt: tuple[int, int] | None) -> None:
+    if adapt is None:
+        cluster.adapt(Adaptive=KeptWorkers)
+    else:
+        cluster.adapt(minimum=adapt[0], maximum=adapt[1])
+
+
+def _wait(
+    runner: LoopRunner,
+    cluster: Any,
+    request: ClusterRequest,
+    deadline: float,
+    explain: Callable[[Cluster], Awaitable[str]] | None,
+    hopeless: Callable[[Cluster], Awaitable[str]] | None,
+) -> None:
+    wanted = request.wanted or 1
+
+    async def wait() -> str:
+        asked = time.monotonic()
+        while len(cluster.scheduler_info["workers"]) < wanted:
+            if time.monotonic() > deadline:
+                return _missing(cluster, request, await _told(explain, cluster))
+            if hopeless is not None and time.monotonic() - asked > ASK_EVERY_S:
+                asked = time.monotonic()
+                if reason := await _told(hopeless, cluster):
+                    return reason
+            await asyncio.sleep(LOOK_EVERY_S)
+        return ""
+
+    if problem := run_in(runner, wait()):
+        raise ClusterError(problem)
+
+
+async def _told(ask: Callable[[Cluster], Awaitable[str]] | None, cluster: Cluster) -> str:
+    if ask is None:
+        return ""
+    try:
+        async with asyncio.timeout(20):
+            return await ask(cluster)
+    except Exception as error:
+        return _why(error)
+
+
+def _missing(cluster: Any, request: ClusterRequest, told: str) -> str:
+    came = len(cluster.scheduler_info["workers"])
+    return str(_too_late(request, f"{came} of {request.wanted or 1} workers came")) + (
+        f"\n{told}" if told else ""
+    )
+
+
+def _too_late(request: ClusterRequest, what: str) -> ClusterError:
+    return ClusterError(
+        f"the {request.kind} cluster was not there within {request.start_timeout_s:g} s: {what}; "
+        "wait longer with start_timeout_s, or ask for less"
+    )
+
+
+def _why(error: BaseException) -> str:
+    """Give what an error says, of the errors behind it if it says nothing itself."""
+    seen = str(error).strip()
+    cause = error.__cause__ or error.__context__
+    if not seen and cause is not None:
+        return _why(cause)
+    return seen or type(error).__name__
+
+
+def _close(
+    runner: LoopRunner,
+    made: list[Cluster],
+    end: Callable[[Cluster], Awaitable[None]] | None,
+    timeout_s: float,
+) -> None:
+    for cluster in made:
+        closed = start_in(runner, _closed(cluster, end, timeout_s))
+        try:
+            see_through(closed, timeout_s + 5)
+        except Exception as error:
+            logger.warning("the cluster %s was not closed cleanly: %s", cluster, _why(error))
+
+
+async def _closed(
+    cluster: Any, end: Callable[[Cluster], Awaitable[None]] | None, timeout_s: float
+) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            # An interrupt may have come while it was starting.
+            await cluster.close()
+            # A cluster that was interrupted while it started leaves its scheduler open.
+            if inspect.iscoroutinefunction(
+                getattr(getattr(cluster, "scheduler", None), "close", None)
+            ):
+                await cluster.scheduler.close()
+    finally:
+        if end is not None:
+            await end(cluster)
