@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import logging
 import time
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from distributed import Client
 from distributed.deploy.adaptive import Adaptive
 
 from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in
-from dask_nn.clusters.quiet import quiet_distributed
+from dask_nn.clusters.quiet import quiet, quiet_distributed
 from dask_nn.errors import ClusterError, DaskNNError
 
 if TYPE_CHECKING:
@@ -115,7 +116,10 @@ def _start_cluster(
 ) -> None:
     started = start_in(runner, _start(request, make, made))
     try:
-        started.result()
+        with warnings.catch_warnings(), quiet("tornado.application"):
+            # A busy dashboard port is no problem: another one is taken, and its address is shown.
+            warnings.filterwarnings("ignore", message="Port .* is already in use")
+            started.result()
     except TimeoutError:
         raise _too_late(request, "it was still starting") from None
     except KeyboardInterrupt:

@@ -1,0 +1,184 @@
+"""Clusters on hosts that SSH reaches, through distributed.SSHCluster."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import dask
+from distributed import SSHCluster
+
+from dask_nn.clusters.optional import import_optional
+from dask_nn.clusters.serve import serve
+from dask_nn.clusters.ssh_hosts import Host, check_hosts, remove_folder, send_certificates
+from dask_nn.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distributed import Client
+
+    from dask_nn.clusters.request import ClusterRequest
+
+__all__ = ["open_cluster"]
+
+OPTIONS = (
+    "hosts",
+    "connect_options",
+    "worker_options",
+    "scheduler_options",
+    "worker_class",
+    "remote_python",
+)
+
+
+@contextmanager
+def open_cluster(request: ClusterRequest) -> Iterator[Client]:
+    """Run a scheduler on the first of ``hosts`` and workers on the others.
+
+    With ``workers=`` above their number, hosts get several workers each.
+
+    Raises
+    ------
+    ConfigurationError
+        If an option cannot work, or asyncssh is not installed.
+    ClusterError
+        If a host cannot be reached, or its Python cannot run Dask; names the host.
+    """
+    import_optional("asyncssh", "ssh", "ssh")
+    hosts = _hosts(request)
+    folder = f"/tmp/dask-nn-{uuid.uuid4().hex}"  # noqa: S108  (made with mode 700, or refused)
+    files: dict[str, str] = {}
+    with ExitStack() as stack:
+
+        async def make() -> Any:
+            await check_hosts(hosts, request.start_timeout_s)
+            if request.security:
+                files.update(await send_certificates(hosts, folder, request.security))
+                # The remote processes read these; SSHCluster hands the configuration on.
+                stack.enter_context(dask.config.set(_tls_settings(files)))
+            return _make_cluster(request, hosts)
+
+        async def close(_: Any) -> None:
+            if files:
+                await remove_folder(hosts, folder)
+
+        client = stack.enter_context(serve(request, make, close=close))
+        yield client
+
+
+def _hosts(request: ClusterRequest) -> list[Host]:
+    """Give the scheduler's host, then those of the workers, with how to reach each."""
+    for name in request.options:
+        if name not in OPTIONS:
+            raise ConfigurationError(
+                f"SSHCluster has no option {name!r}; known are {', '.join(OPTIONS)}"
+            )
+    names: Any = request.options.get("hosts")
+    if (
+        not isinstance(names, list | tuple)
+        or len(names) < 2
+        or not all(isinstance(name, str) and name for name in names)
+    ):
+        raise ConfigurationError(
+            'cluster kind "ssh" needs hosts, the scheduler\'s host and then those of the workers, '
+            f'such as ["node1", "node1", "node2"]; got {names!r}'
+        )
+    connect = _for_each("connect_options", request.options.get("connect_options") or {}, len(names))
+    python = _for_each(
+        "remote_python", request.options.get("remote_python") or sys.executable, len(names)
+    )
+    return [
+        Host(name=name, connect_options=options, python=path)
+        for name, options, path in zip(names, connect, python, strict=True)
+    ]
+
+
+def _for_each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise ConfigurationError(
+            f"{name} is a list of {len(value)} and there are {count} hosts; give one for each, or "
+            "one for all"
+        )
+    return value
+
+
+def _make_cluster(request: ClusterRequest, hosts: list[Host]) -> Any:
+    scheduler, *seats = hosts
+    count = request.wanted or len(seats)
+    all_hosts = [scheduler, *(seats[number % len(seats)] for number in range(count))]
+    cluster: Any = SSHCluster(
+        [host.name for host in all_hosts],
+        connect_options=[host.connect_options for host in all_hosts],
+        remote_python=[host.python for host in all_hosts],
+        scheduler_options=_scheduler_options(request),
+        worker_options=_worker_options(request),
+        worker_class=request.options.get("worker_class", "distributed.Nanny"),
+        asynchronous=True,
+        security=request.security,
+    )
+    specs = dict(cluster.worker_spec)
+
+    def spec(number: int) -> dict[str, Any]:
+        host = seats[number % len(seats)]
+        options = dict(specs[number % min(len(seats), len(specs))]["options"])
+        options |= {"address": host.name, "connect_options": host.connect_options}
+        options["remote_python"] = host.python
+        # SSHCluster gives its workers no names, and so does not know them when they are lost.
+        options["kwargs"] = {**options["kwargs"], "name": number}
+        if request.gpus:
+            before = [seats[other % len(seats)].name for other in range(number)].count(host.name)
+            env = options["kwargs"].get("env", {})
+            options["kwargs"]["env"] = {**env, "CUDA_VISIBLE_DEVICES": str(before)}
+        return {**specs[0], "options": options}
+
+    def new_worker_spec() -> dict[int, dict[str, Any]]:
+        number = min(set(range(len(cluster.worker_spec) + 1)) - set(cluster.worker_spec))
+        return {number: spec(number)}
+
+    cluster.worker_spec = {number: spec(number) for number in range(count)}
+    # With these SSHCluster can also grow.
+    cluster.new_spec = spec(0)
+    cluster.new_worker_spec = new_worker_spec
+    return cluster
+
+
+def _scheduler_options(request: ClusterRequest) -> dict[str, Any]:
+    options = {"dashboard_address": ":8787", **(request.options.get("scheduler_options") or {})}
+    if request.security:
+        options.setdefault("protocol", "tls")
+    return options
+
+
+def _worker_options(request: ClusterRequest) -> dict[str, Any]:
+    options = dict(request.options.get("worker_options") or {})
+    if "n_workers" in options:
+        raise ConfigurationError(
+            "n_workers of worker_options would give several workers one name; give workers= instead"
+        )
+    options.setdefault("nthreads", request.cores)
+    if request.memory is not None:
+        options["memory_limit"] = request.memory
+    options["preload"] = [*options.get("preload", []), *request.preload]
+    options["env"] = {**options.get("env", {}), **request.env}
+    if request.security:
+        options.setdefault("protocol", "tls")
+    return options
+
+
+def _tls_settings(files: dict[str, str]) -> dict[str, Any]:
+    roles = ("client", "scheduler", "worker")
+    settings = {
+        f"distributed.comm.tls.{role}.{part}": files[f"{role}-{part}"]
+        for role in roles
+        for part in ("cert", "key")
+    }
+    return {
+        **settings,
+        "distributed.comm.tls.ca-file": files["ca-file"],
+        "distributed.comm.require-encryption": True,
+    }
