@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import dask
-from distributed import SSHCluster
+from distributed import Security, SSHCluster
 
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
@@ -55,7 +55,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
 
         async def make() -> Any:
             await check_hosts(hosts, request.start_timeout_s)
-            if request.security:
+            if isinstance(request.security, Security):
                 files.update(await send_certificates(hosts, folder, request.security))
                 # The remote processes read these; SSHCluster hands the configuration on.
                 stack.enter_context(dask.config.set(_tls_settings(files)))

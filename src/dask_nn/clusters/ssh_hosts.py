@@ -67,7 +67,7 @@ async def send_certificates(
     dict
         From ``"ca-file"``, ``"worker-cert"``, ``"worker-key"``, ... to paths, equal on all hosts.
     """
-    texts = {"ca-file": _pem(security.tls_ca_file)}
+    texts = {"ca-file": _pem(security.get_tls_config_for_role("client")["ca_file"])}
     for role in ("client", "scheduler", "worker"):
         config = security.get_tls_config_for_role(role)
         # The key may be in the file of the certificate.
@@ -91,9 +91,13 @@ async def remove_folder(hosts: Iterable[Host], folder: str) -> None:
 
 async def _at_each(hosts: Iterable[Host], arguments: str, stdin: str = "") -> None:
     unique = {host.name: host for host in hosts}.values()
-    async with asyncio.TaskGroup() as group:
-        for host in unique:
-            group.create_task(_run(host, arguments, stdin))
+    asked = (_run(host, arguments, stdin) for host in unique)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    errors = [answer for answer in answers if isinstance(answer, BaseException)]
+    if len(errors) > 1 and all(isinstance(error, ClusterError) for error in errors):
+        raise ClusterError("\n".join(map(str, errors)))
+    if errors:
+        raise errors[0]
 
 
 async def _run(host: Host, arguments: str, stdin: str) -> None:
