@@ -42,9 +42,10 @@ class Checkpoint:
     best_mode : {"auto", "min", "max"}
         Whether small or large is good; "auto" takes losses and errors as better when smaller.
     before_walltime_s : float, optional
-        Save also when a job's time is about to end: so many seconds before the end that SLURM
-        names in ``SLURM_JOB_END_TIME`` on a rank's worker. Workers that are asked to
-        close (as on SIGTERM) save in any case.
+        Save also when a job's time is about to end: so many seconds before the end that Slurm
+        names in ``SLURM_JOB_END_TIME`` on a rank's worker, or that the script of a job of
+        :func:`dask_nn.cluster` names in ``DASK_NN_JOB_END_TIME``, in seconds since 1970. Workers
+        that are asked to close (as on SIGTERM) save in any case.
 
     Raises
     ------
@@ -125,11 +126,14 @@ class Checkpoint:
         return isinstance(self.every, int) and steps >= self.every
 
     def save_at(self) -> float | None:
-        """Give the time, by ``time.time()``, at which this process's SLURM job is about to end."""
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        if self.before_walltime_s is None or not end.isdecimal():
+        """Give the time, by ``time.time()``, at which this process's job is about to end."""
+        if self.before_walltime_s is None:
             return None
-        return float(end) - self.before_walltime_s
+        for name in ("SLURM_JOB_END_TIME", "DASK_NN_JOB_END_TIME"):
+            end = os.environ.get(name, "")
+            if end.isdecimal():
+                return float(end) - self.before_walltime_s
+        return None
 
     def is_better(self, value: float, than: float) -> bool:
         """Compare two values of the `best` entry."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from dask_nn.cli.cluster_options import choose_cluster, cluster_options
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from distributed import Client
 
 __all__ = ["evaluate"]
+
+PRELOAD = ("dask_nn.evaluation",)
 
 
 @click.command
@@ -39,20 +42,20 @@ __all__ = ["evaluate"]
     type=click.Path(path_type=Path),
     help="Folder with the four IDX files of MNIST, plain or .gz.",
 )
-@click.option("--scheduler", metavar="ADDRESS", help="Evaluate on the cluster of this scheduler.")
+@cluster_options
 def evaluate(
-    *, weights: Path, data: str, job: Path | None, data_dir: Path | None, scheduler: str | None
+    *, weights: Path, data: str, job: Path | None, data_dir: Path | None, **cluster: Any
 ) -> None:
     """Test saved weights and print loss and metrics."""
-    from contextlib import closing, nullcontext
+    from contextlib import nullcontext
 
     if (data == "mnist") == (job is not None):
         raise click.UsageError("--data URL and --job belong together; MNIST needs neither")
+    chosen = choose_cluster(**cluster)
     with ending_at_once():
-        from dask_nn.clusters.connect import connect
+        import dask_nn.api  # noqa: F401 - torch takes its time
 
-    client = closing(connect(scheduler, timeout_s=5)) if scheduler else nullcontext()
-    with client as connected:
+    with chosen.open(PRELOAD) if chosen else nullcontext() as connected:
         if job is None:
             _evaluate_mnist(weights, data_dir, connected)
         else:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.cli.cluster_options import CLUSTER_KEYS
 from dask_nn.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
@@ -61,10 +62,21 @@ seed = 0
 # clip_grad_norm = 1.0
 
 [cluster]
-workers = 2                   # on this machine; by default one for each core
-threads_per_worker = 1
-# memory_limit = "4 GiB"
+kind = "local"                # ssh, slurm, pbs, lsf, sge, oar, htcondor, kubernetes, aws, address
+workers = 2                   # kept at this number; locally by default one for each core
+cores = 1                     # threads of each worker
+# memory = "4 GiB"            # of each worker
+# adapt = [1, 4]              # a range instead of workers
+# walltime = "02:00:00"       # of a batch job
+# gpus = 1                    # of each worker
+# tls = true                  # temporary certificates
+# env = { OMP_NUM_THREADS = "1" }
+# start_timeout_s = 600
 # scheduler = "tcp://10.0.0.5:8786"   # a running cluster instead
+
+# [cluster.options]           # of the library that starts the cluster
+# queue = "gpu"
+# account = "physics"
 
 # [checkpoint]
 # url = "checkpoints"
@@ -99,7 +111,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "window",
         "clip_grad_norm",
     ),
-    "cluster": ("workers", "threads_per_worker", "memory_limit", "scheduler"),
+    "cluster": CLUSTER_KEYS,
     "checkpoint": ("url", "every", "keep", "best", "before_walltime_s"),
     "output": ("weights", "history"),
 }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dask_nn.cli.cluster_options import ClusterChoice, choose_cluster, cluster_options
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     import torch
     from distributed import Client
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["mnist"]
 
-_CONNECT_TIMEOUT_S = 5
 # What ranks need; an optimizer imports torch._dynamo when the first one is made.
 _PRELOAD = ("torch._dynamo", "dask_nn.training.rank_main", "dask_nn.controller.worker_side")
 _POSITIVE = click.IntRange(min=1)
@@ -42,9 +42,7 @@ class _Places:
     """Where to take the data from, where to train, and where to write."""
 
     data_dir: Path | None
-    workers: int | None
-    threads_per_worker: int
-    scheduler: str | None
+    cluster: ClusterChoice
     report: Path
     json: Path | None
     checkpoint: str | None
@@ -62,9 +60,6 @@ class _Places:
     help="Folder with the four IDX files of MNIST, plain or .gz. Default: $DASK_NN_DATA, else the "
     "cache, else a download, else the digits of scikit-learn.",
 )
-@click.option("--workers", type=_POSITIVE, help="Worker processes to start. Default: one per core.")
-@click.option("--threads-per-worker", type=_POSITIVE, help="Threads of each worker.  [default: 1]")
-@click.option("--scheduler", metavar="ADDRESS", help="Use this cluster instead of starting one.")
 @click.option(
     "--epochs", type=_POSITIVE, default=5, show_default=True, help="Passes over the data."
 )
@@ -110,35 +105,33 @@ class _Places:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File for all numbers of the comparison.",
 )
+@cluster_options
+@click.option("--threads-per-worker", type=_POSITIVE, help="The same as --cores.")
 def mnist(
     *,
     data_dir: Path | None,
-    workers: int | None,
-    threads_per_worker: int | None,
-    scheduler: str | None,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    hidden: int,
+    shards: int | None,
+    engine: Literal["spmd", "graph"],
+    seed: int,
     no_sequential: bool,
     checkpoint: str | None,
     resume: bool,
     report: Path,
     json_path: Path | None,
-    hidden: int,
-    **options: Any,
+    **cluster: Any,
 ) -> None:
     """Train on MNIST with Dask, and compare with sequential training."""
-    if scheduler is not None and (workers or threads_per_worker):
-        raise click.UsageError(
-            "--workers and --threads-per-worker start a cluster, --scheduler uses a running one: "
-            "give either"
-        )
     if resume and checkpoint is None:
         raise click.UsageError("--resume needs --checkpoint, the folder to go on from")
     places = _Places(
         checkpoint=checkpoint,
         resume=resume,
         data_dir=data_dir,
-        workers=workers,
-        threads_per_worker=threads_per_worker or 1,
-        scheduler=scheduler,
+        cluster=choose_cluster(**cluster) or ClusterChoice(),
         report=report,
         json=json_path,
     )
@@ -147,7 +140,15 @@ def mnist(
 
         from dask_nn.examples.mnist.compare import Job
 
-    job = Job(hidden_size=hidden, **options)
+    job = Job(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        hidden_size=hidden,
+        shards=shards,
+        engine=engine,
+        seed=seed,
+    )
     console = Console(highlight=False, soft_wrap=True)
     comparison = _run(job, places, console, with_sequential=not no_sequential)
     _show(comparison, places, console)
@@ -172,8 +173,6 @@ def _make_folders(places: _Places) -> None:
 
 def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) -> Comparison:
     from dask_nn.checkpoints.options import Checkpoint
-    from dask_nn.clusters.connect import connect
-    from dask_nn.clusters.local import local_cluster
     from dask_nn.controller.resume import open_checkpoints
     from dask_nn.errors import ConfigurationError, NonFiniteLoss
     from dask_nn.examples.mnist.compare import Comparison, check, evaluate_parallel
@@ -181,8 +180,9 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
 
     with ExitStack() as stack:
         client: Client | None = None
-        if places.scheduler is not None:
-            client = stack.enter_context(closing(connect(places.scheduler, _CONNECT_TIMEOUT_S)))
+        places.cluster.check()
+        if places.cluster.kind == "address":
+            client = stack.enter_context(places.cluster.open(_PRELOAD))
         dataset = load(places.data_dir)
         if dataset.note:
             console.print(f"Note: {dataset.note}")
@@ -195,9 +195,7 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
             if with_sequential:
                 sequential = _train_sequential(job, dataset, console)
             if client is None:
-                client = stack.enter_context(
-                    local_cluster(places.workers, places.threads_per_worker, preload=_PRELOAD)
-                )
+                client = stack.enter_context(places.cluster.open(_PRELOAD))
             console.print(f"\ndask-nn on {client.scheduler_info()['address']}")
             console.print(f"Dashboard: {client.dashboard_link}")
             result = _train_parallel(job, dataset.digits, client, console, places)

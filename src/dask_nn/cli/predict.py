@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dask_nn.cli.cluster_options import choose_cluster, cluster_options
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["predict"]
+
+PRELOAD = ("dask_nn.inference",)
 
 
 @click.command
@@ -46,7 +49,7 @@ __all__ = ["predict"]
     type=click.Path(path_type=Path, dir_okay=False),
     help="The job file that says what the model is, and which arrays or columns are x.",
 )
-@click.option("--scheduler", metavar="ADDRESS", help="Predict on the cluster of this scheduler.")
+@cluster_options
 def predict(
     *,
     weights: Path,
@@ -55,22 +58,21 @@ def predict(
     proba: bool,
     raw: bool,
     job: Path | None,
-    scheduler: str | None,
+    **cluster: Any,
 ) -> None:
     """Run saved weights on data; without --job, read the digits of images."""
-    from contextlib import closing, nullcontext
+    from contextlib import nullcontext
 
     if proba and raw:
         raise click.UsageError("--proba and --raw write different things: give either")
     with ending_at_once():
         from dask_nn.api import predict as predict_rows
         from dask_nn.cli.data import check_target, write
-        from dask_nn.clusters.connect import connect
 
+    chosen = choose_cluster(**cluster)
     kind, place = check_target(target)
     output: Any = "proba" if proba else "raw" if raw else "label"
-    client = closing(connect(scheduler, timeout_s=5)) if scheduler else nullcontext()
-    with client:
+    with chosen.open(PRELOAD) if chosen else nullcontext():
         model, data, transform = (
             _of_job(job, weights, source) if job else _of_mnist(weights, source)
         )

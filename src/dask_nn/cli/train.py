@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dask_nn.cli.cluster_options import from_table
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
-    from distributed import Client
     from rich.console import Console
 
     from dask_nn.cli.job_file import JobFile
@@ -70,8 +70,9 @@ def _run(job: JobFile, console: Console, *, resume: bool) -> None:
         if not path.parent.is_dir():
             raise ConfigurationError(f"{job.path}: [output] {path.parent} is no folder")
     with ExitStack() as stack:
+        cluster = from_table(job.cluster, f"{job.path}: [cluster]")
         X, y, sample_weight, validation = _data(job)
-        client = _client(job, stack)
+        client = stack.enter_context(cluster.open(PRELOAD))
         console.print(f"dask-nn on {client.scheduler_info()['address']}")
         console.print(f"Dashboard: {client.dashboard_link}")
         progress = stack.enter_context(RichProgress(console))
@@ -145,23 +146,6 @@ def _data(job: JobFile) -> tuple[Any, Any, Any, Any]:
         return X, y, weight, None
     found = select(job.data_url(validation), **chosen)
     return X, y, weight, tuple(part for part in found if part is not None)
-
-
-def _client(job: JobFile, stack: ExitStack) -> Client:
-    from dask_nn.clusters.connect import connect
-    from dask_nn.clusters.local import local_cluster
-    from dask_nn.errors import ConfigurationError
-
-    cluster = dict(job.cluster)
-    scheduler = cluster.pop("scheduler", None)
-    if scheduler is not None:
-        if cluster:
-            raise ConfigurationError(
-                f"{job.path}: [cluster] scheduler= uses a running cluster, {', '.join(cluster)} "
-                "start one: give either"
-            )
-        return stack.enter_context(closing(connect(scheduler, 5)))
-    return stack.enter_context(local_cluster(**cluster, preload=PRELOAD))
 
 
 def _history(job: JobFile) -> list[Path]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dask_nn.clusters.request import ClusterRequest
 
-__all__ = ["connect", "open_cluster"]
+__all__ = ["check_request", "connect", "open_cluster"]
 
 
 CONNECT_TIMEOUT_S = 10.0
@@ -74,34 +74,41 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If its workers are not there in time.
     """
-    options = dict(request.options)
-    address = options.pop("address", None)
-    if not isinstance(address, str):
-        raise ConfigurationError(
-            'cluster kind "address" needs address, the one that `dask scheduler` prints, such as '
-            f'"tcp://10.0.0.5:8786"; got {address!r}'
-        )
-    _refuse_what_starts_workers(request, options)
-    if request.security is True:
-        raise ConfigurationError(
-            "security=True makes new certificates, and the scheduler has its own; give a "
-            "distributed.Security with those"
-        )
-    security = request.security or None
+    check_request(request)
+    address = str(request.options["address"])
+    security = request.security if isinstance(request.security, Security) else None
     timeout_s = min(request.start_timeout_s, CONNECT_TIMEOUT_S)
     with closing(connect(address, timeout_s, security=security)) as client:
         _wait_for(client, request)
         yield client
 
 
-def _refuse_what_starts_workers(request: ClusterRequest, options: dict[str, object]) -> None:
-    asked = [*options]
+def check_request(request: ClusterRequest) -> None:
+    """Check that there is an address, and that nothing is asked for that would start workers.
+
+    Raises
+    ------
+    ConfigurationError
+        If not.
+    """
+    address = request.options.get("address")
+    if not isinstance(address, str):
+        raise ConfigurationError(
+            'cluster kind "address" needs address, the one that `dask scheduler` prints, such as '
+            f'"tcp://10.0.0.5:8786"; got {address!r}'
+        )
+    asked = [name for name in request.options if name != "address"]
     asked += [name for name in ("adapt", "memory", "walltime", "env") if getattr(request, name)]
     asked += ["cores"] * (request.cores != 1) + ["gpus"] * bool(request.gpus)
     if asked:
         raise ConfigurationError(
             f"cluster kind 'address' uses workers that run already, {', '.join(asked)} would start "
             "some: leave it out"
+        )
+    if request.security is True:
+        raise ConfigurationError(
+            "security=True makes new certificates, and the scheduler has its own; give a "
+            "distributed.Security with those"
         )
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dask_nn.clusters.request import ClusterRequest
 
-__all__ = ["JOB_END_TIME", "make_cluster", "open_cluster"]
+__all__ = ["JOB_END_TIME", "check_request", "make_cluster", "open_cluster"]
 
 DEFAULT_MEMORY = "4 GiB"
 DEFAULT_DISK = "4 GB"
@@ -74,14 +74,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If the batch system refuses the jobs, or they do not start in time; with what it says.
     """
-    module = _dask_jobqueue(request.kind)
-    submit = SYSTEMS[request.kind].submit
-    _check_options(request, getattr(module, SYSTEMS[request.kind].cluster))
-    if shutil.which(submit) is None:
-        raise ConfigurationError(
-            f"cluster kind {request.kind!r} submits jobs with {submit}, which is not on this "
-            "host's PATH; run this on a login node"
-        )
+    check_request(request)
     # Jobs have the working directory in common with this process: their output, and their
     # certificates, must be where both see them.
     folder = Path(tempfile.mkdtemp(prefix=".dask-nn-jobs-", dir=Path.cwd()))
@@ -99,6 +92,23 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
             yield client
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_request(request: ClusterRequest) -> None:
+    """Check the options, and that jobs can be submitted here.
+
+    Raises
+    ------
+    ConfigurationError
+        If not.
+    """
+    system = SYSTEMS[request.kind]
+    _check_options(request, getattr(_dask_jobqueue(request.kind), system.cluster))
+    if shutil.which(system.submit) is None:
+        raise ConfigurationError(
+            f"cluster kind {request.kind!r} submits jobs with {system.submit}, which is not on "
+            "this host's PATH; run this on a login node"
+        )
 
 
 def make_cluster(

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from distributed import Client, Security
 
-__all__ = ["KINDS", "check_kind", "cluster", "open_request"]
+__all__ = ["KINDS", "check_kind", "check_request", "cluster", "open_request"]
 
-# The modules have `open_cluster(request)`, a context manager that yields a client.
+# The modules have `open_cluster(request)`, a context manager that yields a client; and where
+# options can be checked before anything starts, `check_request(request)`.
 _BATCH = "dask_nn.clusters.jobqueue"
 KINDS = {
     "local": "dask_nn.clusters.local",
@@ -125,6 +126,20 @@ def open_request(request: ClusterRequest) -> Iterator[Client]:
         request = request.with_certificates()
     with import_module(KINDS[request.kind]).open_cluster(request) as client:
         yield client
+
+
+def check_request(request: ClusterRequest) -> None:
+    """Refuse what cannot work, before anything is started.
+
+    Raises
+    ------
+    ConfigurationError
+        As `cluster`.
+    """
+    check_kind(request.kind)
+    check = getattr(import_module(KINDS[request.kind]), "check_request", None)
+    if check is not None:
+        check(request)
 
 
 def check_kind(kind: str) -> None:

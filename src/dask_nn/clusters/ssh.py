@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dask_nn.clusters.request import ClusterRequest
 
-__all__ = ["open_cluster"]
+__all__ = ["check_request", "open_cluster"]
 
 OPTIONS = (
     "hosts",
@@ -47,7 +47,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If a host cannot be reached, or its Python cannot run Dask; names the host.
     """
-    import_optional("asyncssh", "ssh", "ssh")
+    check_request(request)
     hosts = _hosts(request)
     folder = f"/tmp/dask-nn-{uuid.uuid4().hex}"  # noqa: S108  (made with mode 700, or refused)
     files: dict[str, str] = {}
@@ -67,6 +67,19 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
 
         client = stack.enter_context(serve(request, make, close=close))
         yield client
+
+
+def check_request(request: ClusterRequest) -> None:
+    """Check the options, without a connection.
+
+    Raises
+    ------
+    ConfigurationError
+        If one cannot work, or asyncssh is not installed.
+    """
+    import_optional("asyncssh", "ssh", "ssh")
+    _hosts(request)
+    _worker_options(request)
 
 
 def _hosts(request: ClusterRequest) -> list[Host]:
