@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from torch import nn
 
 from dask_nn.checkpoints.serialization import load_weights, save_weights, weights_sha256
-from dask_nn.cli.job_file import EXAMPLE, SECTIONS, read_job
+from dask_nn.cli.cluster_options import SYNONYMS
+from dask_nn.cli.job_file import read_job
+from dask_nn.cli.job_keys import EXAMPLE, SECTIONS
 from dask_nn.cli.main import nn as commands
 from dask_nn.errors import ConfigurationError
 
@@ -148,7 +150,7 @@ def test_the_example_has_every_key_and_can_be_read(tmp_path):
     )
     tables = tomllib.loads(active)
     for section, keys in SECTIONS.items():
-        missing = set(keys) - set(tables[section]) - {"scheduler", "before_walltime_s"}
+        missing = set(keys) - set(tables[section]) - {"scheduler"} - set(SYNONYMS)
         assert not missing, section
     again = run("train", "--example", path)
     assert again.exit_code == 2

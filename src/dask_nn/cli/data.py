@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from fsspec.core import url_to_fs
 
 from dask_nn.errors import ConfigurationError, DataError
 
-__all__ = ["check_target", "select", "write"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
+__all__ = ["check_target", "is_url", "select", "select_features", "write"]
+
+# What was begun is removed within this time, as long as tasks go on to write to it.
+REMOVE_S, PAUSE_S = 5.0, 0.1
 WRITABLE = ("zarr", "parquet", "npy")
 
 
@@ -40,10 +48,7 @@ def select(
 
     data = open_data(url)
     others = {"y": y, "sample_weight": sample_weight}
-    given = {
-        key: open_data(value) if isinstance(value, str) and ":" in value else value
-        for key, value in others.items()
-    }
+    given = {key: open_data(value) if is_url(value) else value for key, value in others.items()}
     named = {
         name
         for value in given.values()
@@ -72,6 +77,49 @@ def select(
     return _columns(data, features, "x", url), picked["y"], picked["sample_weight"]
 
 
+def select_features(url: str, *, x: Any = None, without: Sequence[Any] = ()) -> Any:
+    """Open a data URL and choose inputs alone.
+
+    Parameters
+    ----------
+    url : str
+        As for :func:`dask_nn.open_data`.
+    x : str or list of str, optional
+        Arrays or columns of it. A single array is x, whatever x is called elsewhere.
+    without : sequence
+        Names, or lists of them, of what is none of the inputs, should it be there.
+    """
+    from dask_nn.data.inputs.frames import is_frame
+    from dask_nn.data.urls import open_data
+
+    data = open_data(url)
+    if not isinstance(data, dict) and not is_frame(data):
+        if isinstance(x, list) and len(x) > 1:
+            raise ConfigurationError(f"{url} is one array, but x names {', '.join(x)}")
+        return data
+    if x is None:
+        left_out = {
+            name
+            for value in without
+            if not is_url(value) and value is not None
+            for name in ([value] if isinstance(value, str) else value)
+        }
+        names = list(data.columns) if is_frame(data) else list(data)
+        x = [name for name in names if name not in left_out]
+        if not is_frame(data) and len(x) == 1:
+            (x,) = x
+    if is_frame(data):
+        return _columns(data, [x] if isinstance(x, str) else x, "x", url)
+    return _member(data, x, "x", url)
+
+
+def is_url(value: Any) -> bool:
+    """Tell whether something is a data URL, and not the name of an array or column."""
+    from dask_nn.data.urls import FORMATS
+
+    return isinstance(value, str) and value.split(":", 1)[0] in FORMATS and ":" in value
+
+
 def check_target(url: str) -> tuple[str, str]:
     """Check that predictions can be written to a URL, and give its format and place.
 
@@ -88,15 +136,26 @@ def check_target(url: str) -> tuple[str, str]:
     if kind not in WRITABLE:
         expected = ", ".join(f"{known}:" for known in WRITABLE)
         raise ConfigurationError(f"{url}: predictions can be written to {expected}, not to {kind}:")
+    if kind == "npy" and "://" in place:
+        raise ConfigurationError(f"{url}: a .npy file is written to a path, not to a URL")
     if "://" not in place:
         path = Path(place)
         if not path.parent.is_dir():
             raise DataError(f"{place}: its folder does not exist, expected one to write to")
         if kind == "npy" and path.is_dir():
             raise DataError(f"{place}: is a directory, expected a file to write")
-        if kind != "npy" and path.exists():
-            raise DataError(f"{place} exists already; remove it, or choose another place")
+    if kind != "npy" and _exists(place):
+        raise DataError(f"{place} exists already; remove it, or choose another place")
     return kind, place
+
+
+def _exists(place: str) -> bool:
+    try:
+        system, path = url_to_fs(place)
+        return bool(system.exists(path))
+    except Exception as error:
+        message = f"{place}: it cannot be told whether something is there: {error}"
+        raise DataError(message) from error
 
 
 def write(predictions: Any, kind: str, place: str) -> None:
@@ -118,11 +177,25 @@ def write(predictions: Any, kind: str, place: str) -> None:
         _WRITERS[kind](predictions, place)
     except ConfigurationError:
         raise
-    except Exception as error:
-        if kind != "npy" and "://" not in place:
-            shutil.rmtree(place, ignore_errors=True)
+    except BaseException as error:
+        if kind != "npy":
+            _remove(place)  # nothing was there before: `check_target` made sure of it
+        if not isinstance(error, Exception):
+            raise  # Ctrl-C
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DataError(f"{place}: cannot be written: {reason}") from error
+
+
+def _remove(place: str) -> None:
+    """Remove what was written; tasks that are still at it may write some more."""
+    deadline = time.monotonic() + REMOVE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):
+            system, path = url_to_fs(place)
+            if not system.exists(path):
+                return
+            system.rm(path, recursive=True)
+        time.sleep(PAUSE_S)
 
 
 def _write_zarr(predictions: Any, place: str) -> None:

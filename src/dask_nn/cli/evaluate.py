@@ -9,9 +9,13 @@ import click
 
 from dask_nn.cli.cluster_options import choose_cluster, cluster_options
 from dask_nn.cli.interrupts import ending_at_once
+from dask_nn.cli.job_file import read_job
+from dask_nn.cli.trained import cluster_of_job
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from dask_nn.cli.job_file import JobFile
 
 __all__ = ["evaluate"]
 
@@ -42,24 +46,34 @@ PRELOAD = ("dask_nn.evaluation",)
     type=click.Path(path_type=Path),
     help="Folder with the four IDX files of MNIST, plain or .gz.",
 )
+@click.option(
+    "--y", "target", metavar="NAME|URL", help="Targets of the data; the job's by default."
+)
 @cluster_options
 def evaluate(
-    *, weights: Path, data: str, job: Path | None, data_dir: Path | None, **cluster: Any
+    *,
+    weights: Path,
+    data: str,
+    job: Path | None,
+    data_dir: Path | None,
+    target: str | None,
+    **cluster: Any,
 ) -> None:
     """Test saved weights and print loss and metrics."""
     from contextlib import nullcontext
 
     if (data == "mnist") == (job is not None):
         raise click.UsageError("--data URL and --job belong together; MNIST needs neither")
-    chosen = choose_cluster(**cluster)
+    read = None if job is None else read_job(job)
+    chosen = choose_cluster(**cluster) or cluster_of_job(read)
     with ending_at_once():
         import dask_nn.api  # noqa: F401 - torch takes its time
 
     with chosen.open(PRELOAD) if chosen else nullcontext() as connected:
-        if job is None:
+        if read is None:
             _evaluate_mnist(weights, data_dir, connected)
         else:
-            _evaluate_job(weights, data, job, connected)
+            _evaluate_job(weights, data, target, read, connected)
 
 
 def _evaluate_mnist(weights: Path, data_dir: Path | None, client: Client | None) -> None:
@@ -77,16 +91,15 @@ def _evaluate_mnist(weights: Path, data_dir: Path | None, client: Client | None)
     _print(scores)
 
 
-def _evaluate_job(weights: Path, url: str, path: Path, client: Client | None) -> None:
+def _evaluate_job(
+    weights: Path, url: str, target: str | None, job: JobFile, client: Client | None
+) -> None:
     from dask_nn.api import evaluate as evaluate_rows
-    from dask_nn.cli.data import select
-    from dask_nn.cli.job_file import read_job
+    from dask_nn.cli.job_data import open_test
     from dask_nn.cli.trained import load_model
 
-    job = read_job(path)
     model = load_model(job, weights)
-    names = {key: job.data.get(key) for key in ("x", "y", "sample_weight")}
-    X, y, weight = select(url, **names)
+    X, y, weight = open_test(job, url, target)
     scores = evaluate_rows(
         model,
         X,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import tomllib
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -11,113 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.cli.cluster_options import CLUSTER_KEYS
+from dask_nn.cli.job_keys import OPEN_SECTIONS, REQUIRED, SECTIONS, TYPES
+from dask_nn.cli.user_code import import_module
 from dask_nn.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["EXAMPLE", "JobFile", "read_job"]
-
-EXAMPLE = """\
-# A training job for dask-nn:  dask-nn train job.toml
-# Names like "package.module:Name" are imported; the folder of this file is searched too.
-
-[data]
-# zarr:, parquet:, hdf5: or npy:, with a path or URL that all workers can read.
-train = "zarr:train.zarr"
-x = "X"                       # an array of the store, or columns: ["age", "height"]
-y = "y"                       # a name, or its own URL: "npy:labels.npy"
-# sample_weight = "w"
-# validation = "zarr:valid.zarr"    # with the same names
-memory = "auto"               # "resident" holds the data, "stream" reads it block by block
-
-[model]
-module = "model:Network"      # a class or function that makes a torch.nn.Module
-arguments = { hidden = 128 }
-# transform = "model:scale"   # applied to each batch of X on the worker
-
-[loss]
-name = "CrossEntropyLoss"     # of torch.nn, or "package.module:Name"
-
-[optimizer]
-name = "SGD"                  # of torch.optim
-lr = 0.01
-
-# [schedule]
-# name = "StepLR"             # of torch.optim.lr_scheduler
-# every = "epoch"             # or "step"
-# step_size = 2
-
-[training]
-epochs = 5
-batch_size = 128
-metrics = ["accuracy"]
-seed = 0
-# shards = 4                  # fixed, the bits are the same on any number of workers
-# threads_per_rank = 1
-# engine = "spmd"             # or "graph"
-# shuffle = true              # "within" or false
-# window = 10                 # blocks among which a shard shuffles
-# clip_grad_norm = 1.0
-
-[cluster]
-kind = "local"                # ssh, slurm, pbs, lsf, sge, oar, htcondor, kubernetes, aws, address
-workers = 2                   # kept at this number; locally by default one for each core
-cores = 1                     # threads of each worker
-# memory = "4 GiB"            # of each worker
-# adapt = [1, 4]              # a range instead of workers
-# walltime = "02:00:00"       # of a batch job
-# gpus = 1                    # of each worker
-# tls = true                  # temporary certificates
-# env = { OMP_NUM_THREADS = "1" }
-# start_timeout_s = 600
-# scheduler = "tcp://10.0.0.5:8786"   # a running cluster instead
-
-# [cluster.options]           # of the library that starts the cluster
-# queue = "gpu"
-# account = "physics"
-
-# [checkpoint]
-# url = "checkpoints"
-# every = "epoch"             # or a number of steps, or "10 minutes"
-# keep = 3
-# best = "val_loss"
-
-[output]
-weights = "model.safetensors"
-# history = "history.json"
-"""
-
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "data": (
-        "train",
-        "x",
-        "y",
-        "sample_weight",
-        "validation",
-        "memory",
-    ),
-    "model": ("module", "arguments", "transform"),
-    "training": (
-        "epochs",
-        "batch_size",
-        "metrics",
-        "seed",
-        "shards",
-        "threads_per_rank",
-        "engine",
-        "shuffle",
-        "window",
-        "clip_grad_norm",
-    ),
-    "cluster": CLUSTER_KEYS,
-    "checkpoint": ("url", "every", "keep", "best", "before_walltime_s"),
-    "output": ("weights", "history"),
-}
-# Their other keys are arguments of what they name.
-OPEN_SECTIONS = ("loss", "optimizer", "schedule")
-REQUIRED = {"data": ("train",), "model": ("module",), "loss": ("name",), "optimizer": ("name",)}
+__all__ = ["JobFile", "read_job"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +27,7 @@ class JobFile:
     ----------
     path : Path
         Where it was read.
-    data, model, loss, optimizer, schedule, training, cluster, checkpoint, output : dict
+    data, model, loss, optimizer, schedule, training, cluster, recovery, checkpoint, output : dict
         Its tables.
     """
 
@@ -140,6 +39,7 @@ class JobFile:
     schedule: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     cluster: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     output: dict[str, Any] = field(default_factory=dict)
 
@@ -227,19 +127,10 @@ class JobFile:
         return found
 
     def _module(self, section: str, name: str) -> Any:
-        folder = str(self.path.parent)
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
         try:
-            module = importlib.import_module(name)
+            return import_module(name, self.path.parent)
         except ImportError as error:
             raise self._error(section, f"{name} cannot be imported: {error}") from error
-        if str(getattr(module, "__file__", "") or "").startswith(folder):
-            import cloudpickle
-
-            # Workers elsewhere have no such file: its code travels with the job.
-            cloudpickle.register_pickle_by_value(module)
-        return module
 
     def _made(self, section: str, kind: type, options: dict[str, Any]) -> Any:
         try:
@@ -280,6 +171,7 @@ def read_job(path: Path) -> JobFile:
             raise ConfigurationError(message)
         if section not in OPEN_SECTIONS:
             _check_keys(path, section, table, SECTIONS[section])
+        _check_types(path, section, table)
     for section, keys in REQUIRED.items():
         for key in keys:
             if key not in tables.get(section, {}):
@@ -299,6 +191,17 @@ def _check_keys(path: Path, section: str, table: Mapping[str, Any], known: Itera
             what = "key" if section else "table"
             message = f"{path}: {where}unknown {what} {key!r}{_nearest(key, known)}"
             raise ConfigurationError(message)
+
+
+def _check_types(path: Path, section: str, table: Mapping[str, Any]) -> None:
+    for key, types in TYPES.get(section, {}).items():
+        if key in table and not isinstance(table[key], types):
+            expected = " or ".join(_TOML_NAMES[one] for one in types)
+            message = f"{path}: [{section}] {key} must be {expected}, got {table[key]!r}"
+            raise ConfigurationError(message)
+
+
+_TOML_NAMES: dict[Any, str] = {str: "text", list: "an array", dict: "a table"}
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -9,10 +9,14 @@ import click
 
 from dask_nn.cli.cluster_options import choose_cluster, cluster_options
 from dask_nn.cli.interrupts import ending_at_once
+from dask_nn.cli.job_file import read_job
+from dask_nn.cli.trained import cluster_of_job
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
+
+    from dask_nn.cli.job_file import JobFile
 
 __all__ = ["predict"]
 
@@ -69,29 +73,27 @@ def predict(
         from dask_nn.api import predict as predict_rows
         from dask_nn.cli.data import check_target, write
 
-    chosen = choose_cluster(**cluster)
+    read_of = None if job is None else read_job(job)
+    chosen = choose_cluster(**cluster) or cluster_of_job(read_of)
     kind, place = check_target(target)
     output: Any = "proba" if proba else "raw" if raw else "label"
     with chosen.open(PRELOAD) if chosen else nullcontext():
         model, data, transform = (
-            _of_job(job, weights, source) if job else _of_mnist(weights, source)
+            _of_job(read_of, weights, source) if read_of else _of_mnist(weights, source)
         )
-        read = predict_rows(model, data, output=output, transform=transform)
-        write(read, kind, place)
+        found = predict_rows(model, data, output=output, transform=transform)
+        write(found, kind, place)
     rows = "" if _unknown(data) else f"{len(data):,} "
     what = "rows" if job else "images"
     click.echo(f"read {rows}{what}, wrote {place}")
 
 
-def _of_job(path: Path, weights: Path, source: str) -> tuple[nn.Module, Any, Any]:
-    from dask_nn.cli.data import select
-    from dask_nn.cli.job_file import read_job
+def _of_job(job: JobFile, weights: Path, source: str) -> tuple[nn.Module, Any, Any]:
+    from dask_nn.cli.job_data import open_features
     from dask_nn.cli.trained import load_model
 
-    job = read_job(path)
     model = load_model(job, weights)
-    X, _, _ = select(_as_url(source), x=job.data.get("x"))
-    return model, X, job.transform()
+    return model, open_features(job, _as_url(source)), job.transform()
 
 
 def _of_mnist(weights: Path, source: str) -> tuple[nn.Module, Any, Any]:

@@ -11,6 +11,7 @@ import click
 
 from dask_nn.cli.cluster_options import from_table
 from dask_nn.cli.interrupts import ending_at_once
+from dask_nn.cli.job_data import open_training
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ def train(*, job: Path, example: bool, resume: bool) -> None:
 
 
 def _write_example(path: Path) -> None:
-    from dask_nn.cli.job_file import EXAMPLE
+    from dask_nn.cli.job_keys import EXAMPLE
     from dask_nn.errors import ConfigurationError
 
     try:
@@ -69,9 +70,10 @@ def _run(job: JobFile, console: Console, *, resume: bool) -> None:
     for path in (weights, *_history(job)):
         if not path.parent.is_dir():
             raise ConfigurationError(f"{job.path}: [output] {path.parent} is no folder")
+    cluster = from_table(job.cluster, f"{job.path}: [cluster]")
     with ExitStack() as stack:
-        cluster = from_table(job.cluster, f"{job.path}: [cluster]")
-        X, y, sample_weight, validation = _data(job)
+        X, y, sample_weight, validation = open_training(job)
+        _check(job, options, resume=resume, validated=validation is not None)
         client = stack.enter_context(cluster.open(PRELOAD))
         console.print(f"dask-nn on {client.scheduler_info()['address']}")
         console.print(f"Dashboard: {client.dashboard_link}")
@@ -108,6 +110,7 @@ def _run(job: JobFile, console: Console, *, resume: bool) -> None:
 def _options(job: JobFile) -> dict[str, Any]:
     """Turn a job's tables into arguments of train; everything is imported and checked here."""
     from dask_nn.checkpoints.options import Checkpoint
+    from dask_nn.controller.failure_policy import Recovery
     from dask_nn.errors import ConfigurationError
     from dask_nn.training.strategies import Synchronous
 
@@ -122,6 +125,7 @@ def _options(job: JobFile) -> dict[str, Any]:
         "transform": job.transform(),
         "memory": job.data.get("memory", "auto"),
         "strategy": Synchronous(**strategy),
+        "recovery": Recovery(**job.recovery),
     }
     if job.checkpoint:
         if "url" not in job.checkpoint:
@@ -131,21 +135,20 @@ def _options(job: JobFile) -> dict[str, Any]:
     return options
 
 
-def _data(job: JobFile) -> tuple[Any, Any, Any, Any]:
-    """Open the data: X, y, weights, and the validation data."""
-    from dask_nn.cli.data import select
+def _check(job: JobFile, options: dict[str, Any], *, resume: bool, validated: bool) -> None:
+    """Refuse options that cannot work, before a cluster is waited for."""
+    from dask_nn.controller.options import Options
+    from dask_nn.controller.resume import check_best_name
+    from dask_nn.errors import ConfigurationError
 
-    chosen = {key: job.data.get(key) for key in ("x", "y", "sample_weight")}
-    named = {
-        key: job.data_url(value) if isinstance(value, str) and ":" in value else value
-        for key, value in chosen.items()
-    }
-    X, y, weight = select(job.data_url(job.data["train"]), **named)
-    validation = job.data.get("validation")
-    if validation is None:
-        return X, y, weight, None
-    found = select(job.data_url(validation), **chosen)
-    return X, y, weight, tuple(part for part in found if part is not None)
+    try:
+        checked = Options(model=job.make_model(), resume=resume, **options)
+        metrics = options.get("metrics", ())
+        if checked.checkpoint is not None and not isinstance(metrics, dict):
+            names = [metrics] if isinstance(metrics, str) else list(metrics)
+            check_best_name(checked.checkpoint, names, validated=validated)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{job.path}: {error}") from error
 
 
 def _history(job: JobFile) -> list[Path]:

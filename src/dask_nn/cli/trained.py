@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dask_nn.cli.cluster_options import from_table
 from dask_nn.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
@@ -11,9 +12,17 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from dask_nn.cli.cluster_options import ClusterChoice
     from dask_nn.cli.job_file import JobFile
 
-__all__ = ["load_model"]
+__all__ = ["cluster_of_job", "load_model"]
+
+
+def cluster_of_job(job: JobFile | None) -> ClusterChoice | None:
+    """Give the cluster that a job describes; None if it describes none."""
+    if job is None or not job.cluster:
+        return None
+    return from_table(job.cluster, f"{job.path}: [cluster]")
 
 
 def load_model(job: JobFile, weights: Path) -> nn.Module:

@@ -41,23 +41,23 @@ class Options:
     model: nn.Module | Callable[[], nn.Module]
     loss: Callable[..., torch.Tensor]
     optimizer: Callable[..., torch.optim.Optimizer]
-    epochs: int
-    batch_size: int
-    metrics: Metrics | Mapping[str, Metrics]
-    strategy: Synchronous
-    engine: Engine
+    epochs: int = 1
+    batch_size: int = 32
+    metrics: Metrics | Mapping[str, Metrics] = ()
+    strategy: Synchronous = field(default_factory=Synchronous)
+    engine: Engine = "spmd"
     memory: Memory = "auto"
     features: Sequence[str] | None = None
     batch_dim: str | None = None
-    transform: Callable[[torch.Tensor], torch.Tensor] | None
-    lr_scheduler: Callable[..., Any] | None
-    lr_scheduler_every: str
-    clip_grad_norm: float | None
-    seed: int
-    shuffle: bool | str
-    window: int | None
-    callbacks: Sequence[Callback]
-    device: str
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    lr_scheduler: Callable[..., Any] | None = None
+    lr_scheduler_every: str = "epoch"
+    clip_grad_norm: float | None = None
+    seed: int = 0
+    shuffle: bool | str = True
+    window: int | None = None
+    callbacks: Sequence[Callback] = ()
+    device: str = "cpu"
     checkpoint: Checkpoint | None = None
     resume: bool = False
     recovery: Recovery = field(default_factory=Recovery)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SavedRun",
     "check_best",
+    "check_best_name",
     "check_shared",
     "describe_run",
     "newest_checkpoint",
@@ -165,7 +166,18 @@ def check_best(checkpoint: Checkpoint, spec: TrainingSpec, *, validated: bool) -
     ConfigurationError
         If it will not.
     """
-    names = ["loss", *spec.metrics]
+    check_best_name(checkpoint, list(spec.metrics), validated=validated)
+
+
+def check_best_name(checkpoint: Checkpoint, metrics: Sequence[str], *, validated: bool) -> None:
+    """Check the same where only the names of the metrics are known yet.
+
+    Raises
+    ------
+    ConfigurationError
+        If it will not.
+    """
+    names = ["loss", *metrics]
     if validated:
         names += [f"val_{name}" for name in names]
     if checkpoint.best is not None and checkpoint.best not in names:
