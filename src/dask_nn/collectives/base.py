@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from dask_nn.errors import Aborted, CollectiveTimeout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from dask_nn.collectives.rendezvous import Rendezvous
@@ -40,6 +42,15 @@ class Communicator(ABC):
         Deadline of every wait, in seconds.
     abort_event : threading.Event, optional
         Ends every wait of this rank once it is set.
+
+    Attributes
+    ----------
+    beats : int
+        Grows while the rank is alive.
+    title : str
+        How errors name this rank.
+    watch : callable, optional
+        Called now and then during every wait; what it raises ends the wait.
     """
 
     name: ClassVar[str]
@@ -57,6 +68,8 @@ class Communicator(ABC):
         self.timeout_s = timeout_s
         self.abort_event = abort_event or threading.Event()
         self.beats = 0
+        self.title = f"rank {rank}"
+        self.watch: Callable[[], None] | None = None
 
     @abstractmethod
     def open(
@@ -142,8 +155,10 @@ class Communicator(ABC):
         """Raise :class:`~dask_nn.errors.Aborted` if this rank was told to stop."""
         self.beats += 1  # who asks is alive: whoever watches this rank looks at the count
         if self.abort_event.is_set():
-            message = f"rank {self.rank} was told to end its exchange"
+            message = f"{self.title} was told to end its exchange"
             raise Aborted(message)
+        if self.watch is not None:
+            self.watch()
 
     def deadline(self) -> float:
         """Give the moment, by ``time.monotonic``, at which a wait that begins now must end."""
@@ -163,6 +178,6 @@ class Communicator(ABC):
     def timed_out(self, peer: str) -> CollectiveTimeout:
         """Make the error for a peer that did not come."""
         return CollectiveTimeout(
-            f"rank {self.rank} waited {self.timeout_s:g} s for {peer}, which took no part in the "
+            f"{self.title} waited {self.timeout_s:g} s for {peer}, which took no part in the "
             f"exchange (communicator {self.name!r}, world size {self.world_size})"
         )

@@ -26,7 +26,7 @@ class GlooCommunicator(ProcessGroupCommunicator):
 
     Parameters
     ----------
-    rank, world_size, rendezvous, timeout_s, abort_event, slice_above_bytes
+    rank, world_size, rendezvous, timeout_s, abort_event, slice_above_bytes, group_sizes
         See :class:`ProcessGroupCommunicator`.
     host : str
         Name or address under which this rank's host listens for its peers.
@@ -40,7 +40,7 @@ class GlooCommunicator(ProcessGroupCommunicator):
         super().__init__(rank, world_size, **options)
         self._host = host
 
-    def connect(self, store: RendezvousStore) -> Any:
+    def make_group(self, store: RendezvousStore) -> Any:
         """Make a group with one thread, listening at this host's address only."""
         gloo: Any = c10d.ProcessGroupGloo  # PyTorch's annotations leave the options out
         options = gloo._Options()  # noqa: SLF001 - there is no public name

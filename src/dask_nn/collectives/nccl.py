@@ -24,7 +24,7 @@ class NcclCommunicator(ProcessGroupCommunicator):
 
     name: ClassVar[str] = "nccl"
 
-    def connect(self, store: RendezvousStore) -> Any:
+    def make_group(self, store: RendezvousStore) -> Any:
         """Make a group; NCCL itself connects in the first exchange."""
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = self.patience  # noqa: SLF001 - there is no public name

@@ -34,12 +34,8 @@ class ThreadsCommunicator(SlotCommunicator):
         super().__init__(rank, world_size, **options)
         self._gang = gang
         # Polling keeps the interpreter lock from the very peers that are waited for.
-        self._spins = not getattr(sys, "_is_gil_enabled", lambda: True)()
-
-    @property
-    def polls(self) -> int:  # type: ignore[override]
-        """Polls before the processor is yielded."""
-        return 200 if self._spins else 1
+        if getattr(sys, "_is_gil_enabled", lambda: True)():
+            self.polls = 1
 
     def map_memory(self, size_bytes: int) -> mmap.mmap:
         """Take the gang's anonymous memory; the first rank to come makes it."""

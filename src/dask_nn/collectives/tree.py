@@ -23,6 +23,7 @@ __all__ = [
     "Node",
     "all_roots",
     "fold_program",
+    "group_roots",
     "roots",
     "shard_range",
     "split",
@@ -116,6 +117,27 @@ def all_roots(shards: int, world_size: int) -> tuple[tuple[Node, ...], ...]:
     return tuple(
         roots(shards, *shard_range(rank, world_size, shards)) for rank in range(world_size)
     )
+
+
+def group_roots(shards: int, sizes: Sequence[int]) -> tuple[tuple[Node, ...], ...]:
+    """Return the roots that each group of ranks contributes, one tuple per group.
+
+    Parameters
+    ----------
+    shards : int
+        Number of leaves of the whole tree.
+    sizes : sequence of int
+        Ranks of each group; ranks of a group follow each other.
+    """
+    world_size = sum(sizes)
+    found = []
+    first = 0
+    for size in sizes:
+        low, _ = shard_range(first, world_size, shards)
+        first += size
+        _, high = shard_range(first - 1, world_size, shards)
+        found.append(roots(shards, low, high))
+    return tuple(found)
 
 
 def stack_program(node: Node) -> list[int]:

@@ -159,7 +159,7 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
 
 def forget_run(run_id: str) -> None:
     """Drop what ended ranks of a run left in this process and on this host."""
-    from dask_nn.collectives.shared_memory import remove_abandoned
+    from dask_nn.collectives.shared_file import remove_abandoned
 
     keeping.forget(run_id)
     remove_abandoned(run_id)
