@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dask_nn.collectives.choose import NAMES
+from dask_nn.collectives.mailbox import LocalMailbox
 from dask_nn.collectives.make import make_communicator
 from dask_nn.collectives.rendezvous import LocalRendezvous, Rendezvous
 from dask_nn.errors import ConfigurationError
 from dask_nn.testing.communicator_suite import (
     CommunicatorSuite,
     PeerSuite,
+    cross_barriers,
     shared_memory_files,
+    values,
     wait_until_ended,
 )
 from dask_nn.testing.gangs import Gang, ProcessGang, ThreadGang
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
     from dask_nn.collectives.base import Communicator
 
+# Ranks on each host, by the number of ranks.
+HOSTS = {1: (1,), 2: (1, 1), 3: (2, 1), 4: (2, 2), 5: (2, 1, 2)}
+OTHER_HOSTS = {1: (1,), 2: (2,), 3: (1, 2), 4: (3, 1), 5: (1, 3, 1)}
 WIDE = ((2, 2), (8, 3), (8, 8), (13, 5), (31, 9))
 
 
@@ -74,6 +80,47 @@ class TestGlooInThreads(CommunicatorSuite, PeerSuite):
         return ThreadGang(partial(make, "gloo"))
 
 
+def make_by_mail(
+    rank: int, world_size: int, rendezvous: Rendezvous, options: dict[str, Any]
+) -> Communicator:
+    mailbox = LocalMailbox(f"test-{id(rendezvous)}")
+    return make("dask", rank, world_size, rendezvous, options | {"mailbox": mailbox})
+
+
+class TestMailInThreads(CommunicatorSuite, PeerSuite):
+    gangs = ((1, 1), *WIDE)
+    exchanges = 50
+
+    @pytest.fixture
+    def gang(self) -> Gang:
+        return ThreadGang(make_by_mail)
+
+
+def make_on_hosts(
+    rank: int, world_size: int, rendezvous: Rendezvous, options: dict[str, Any]
+) -> Communicator:
+    """Make one rank of a gang whose ranks pretend to be on several hosts."""
+    options = {"hosts": HOSTS[world_size]} | options
+    return make("shared_memory+gloo", rank, world_size, rendezvous, options)
+
+
+def make_on_hosts_by_mail(
+    rank: int, world_size: int, rendezvous: Rendezvous, options: dict[str, Any]
+) -> Communicator:
+    mailbox = LocalMailbox(f"test-{id(rendezvous)}")
+    options = {"hosts": OTHER_HOSTS[world_size], "mailbox": mailbox} | options
+    return make("shared_memory+dask", rank, world_size, rendezvous, options)
+
+
+class TestHostsInThreads(CommunicatorSuite, PeerSuite):
+    gangs = ((1, 1), (2, 2), (8, 4), (3, 3), (13, 5))
+    exchanges = 50
+
+    @pytest.fixture
+    def gang(self) -> Gang:
+        return ThreadGang(make_on_hosts_by_mail)
+
+
 class KilledPeerSuite:
     """What only real processes can show."""
 
@@ -111,10 +158,64 @@ class TestGloo(CommunicatorSuite, PeerSuite, KilledPeerSuite):
             yield gang
 
 
+class TestHosts(CommunicatorSuite, PeerSuite, KilledPeerSuite):
+    gangs = ((1, 1), (2, 2), (7, 3), (8, 4), (13, 5))
+    exchanges = 50
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def gang(cls) -> Iterator[ProcessGang]:
+        with ProcessGang(make_on_hosts) as gang:
+            yield gang
+
+    @pytest.mark.parametrize("victim", [1, 2])
+    def test_any_rank_of_any_host_that_dies_ends_the_exchange(
+        self, gang: ProcessGang, victim: int
+    ) -> None:
+        """On hosts of two ranks: the dead one's host waits in vain, and tells the others."""
+        values(gang.run(4, cross_barriers, 1))  # who died before is there again
+        arguments = ("collect", "kill", victim)
+        outcomes = gang.run(4, wait_until_ended, *arguments, timeout_s=2.0)
+        assert isinstance(outcomes[victim].error, EOFError)
+        others = [outcome for rank, outcome in enumerate(outcomes) if rank != victim]
+        assert {outcome.value[0] for outcome in others} <= {"CollectiveTimeout", "Aborted"}
+
+    def test_a_rank_that_leads_no_host_ends_the_exchange_of_all_hosts(
+        self, gang: ProcessGang
+    ) -> None:
+        outcomes = gang.run(5, wait_until_ended, "collect", "abort", 4, timeout_s=30.0)
+        ended = outcomes[4].value[1]
+        for outcome in outcomes[:4]:
+            assert outcome.value[0] == "Aborted"
+            assert outcome.value[1] - ended < 1.0
+
+
+@pytest.mark.parametrize("hosts", [(4,), (1, 3), (3, 1), (2, 2), (1, 1, 1, 1), (1, 2, 1)])
+def test_any_spread_over_hosts_gives_the_bits_of_the_tree(hosts: tuple[int, ...]) -> None:
+    """Shards that neither hosts nor ranks divide, and fewer shards than ranks."""
+    suite = CommunicatorSuite()
+    for shards in (3, 4, 11):
+        for above in (0, 1 << 20):
+            gang = ThreadGang(make_on_hosts)
+            options = {"hosts": hosts, "slice_above_bytes": above}
+            suite.check_totals(gang, shards, 4, 131, **options)
+
+
+def test_hosts_that_do_not_share_all_ranks_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"share 4 ranks.*got \(2, 1\)"):
+        make("shared_memory+gloo", 0, 4, LocalRendezvous(), {"hosts": (2, 1)})
+
+
+def test_the_way_over_dask_needs_a_mailbox() -> None:
+    with pytest.raises(ConfigurationError, match="'dask' needs the mailbox"):
+        make("dask", 0, 1, LocalRendezvous(), {})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_makes_its_communicator(name: str) -> None:
     """None opens a connection before it is opened, so all can be made anywhere."""
-    communicator = make(name, 0, 1, LocalRendezvous(), {})
+    options = {"hosts": (1,), "mailbox": LocalMailbox("test")}
+    communicator = make(name, 0, 1, LocalRendezvous(), options)
     assert communicator.name == name
     communicator.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from dask_nn.errors import Aborted, CollectiveTimeout
 
@@ -53,7 +53,7 @@ class Communicator(ABC):
         Called now and then during every wait; what it raises ends the wait.
     """
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(
         self,

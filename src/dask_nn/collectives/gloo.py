@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _distributed_c10d as c10d
@@ -32,7 +32,7 @@ class GlooCommunicator(ProcessGroupCommunicator):
         Name or address under which this rank's host listens for its peers.
     """
 
-    name: ClassVar[str] = "gloo"
+    name = "gloo"
 
     def __init__(
         self, rank: int, world_size: int, *, host: str = "127.0.0.1", **options: Any

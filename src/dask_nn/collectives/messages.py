@@ -124,9 +124,7 @@ class MessageCommunicator(Communicator):
             slice_size = -(-leaf_size // self.world_size)
             filled = zeros(num_own, self.world_size, slice_size)
             self._by_owner = filled.transpose(0, 1)
-            self._sent = [
-                torch.empty_like(self._by_owner, memory_format=torch.contiguous_format)
-            ]
+            self._sent = [torch.empty_like(self._by_owner, memory_format=torch.contiguous_format)]
             self._received = zeros(len(nodes), slice_size)
             self._received_sizes = [count * slice_size for count in counts]
             self._sent_sizes = [num_own * slice_size] * self.world_size
@@ -141,7 +139,9 @@ class MessageCommunicator(Communicator):
             self._received = zeros(self.world_size, max(counts), leaf_size)
             self._slots = [list(sent[:num_own]) for sent in self._sent]
             values = [
-                self._received[member, i] for member, count in enumerate(counts) for i in range(count)
+                self._received[member, i]
+                for member, count in enumerate(counts)
+                for i in range(count)
             ]
             self._total = zeros(leaf_size)
             self._fold = Fold(whole, nodes, values, self._total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch._C import _distributed_c10d as c10d
 
@@ -22,7 +22,7 @@ class NcclCommunicator(ProcessGroupCommunicator):
     Untested: no GPU has run it yet.
     """
 
-    name: ClassVar[str] = "nccl"
+    name = "nccl"
 
     def make_group(self, store: RendezvousStore) -> Any:
         """Make a group; NCCL itself connects in the first exchange."""

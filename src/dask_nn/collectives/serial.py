@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from dask_nn.collectives.base import Communicator
@@ -14,7 +12,7 @@ __all__ = ["SerialCommunicator"]
 class SerialCommunicator(Communicator):
     """One rank that computes every shard: its only subtree root is the total."""
 
-    name: ClassVar[str] = "serial"
+    name = "serial"
 
     def open(
         self, *, shards: int, leaf_size: int, dtype: torch.dtype, device: torch.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from dask_nn.collectives.shared_file import SharedFile
 from dask_nn.collectives.slots import SlotCommunicator
@@ -28,7 +28,7 @@ class SharedMemoryCommunicator(SlotCommunicator):
         See :class:`~dask_nn.collectives.shared_file.SharedFile`.
     """
 
-    name: ClassVar[str] = "shared_memory"
+    name = "shared_memory"
 
     def __init__(
         self,

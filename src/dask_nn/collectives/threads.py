@@ -6,7 +6,7 @@ import mmap
 import sys
 import threading
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 from dask_nn.collectives.slots import SlotCommunicator
 from dask_nn.errors import CollectiveTimeout
@@ -28,7 +28,7 @@ class ThreadsCommunicator(SlotCommunicator):
         A name that all ranks of the gang share and no other gang uses.
     """
 
-    name: ClassVar[str] = "threads"
+    name = "threads"
 
     def __init__(self, rank: int, world_size: int, *, gang: str, **options: Any) -> None:
         super().__init__(rank, world_size, **options)
