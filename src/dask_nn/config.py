@@ -32,6 +32,8 @@ DEFAULTS = {
     "progress-interval": "200 ms",
     # Buffers above this size are reduced slice by slice, each rank owning one slice.
     "slice-above": "1 MiB",
+    # The communicator of a gang; "auto" takes the best that can connect its ranks.
+    "collective": "auto",
 }
 
 
@@ -39,6 +41,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "window": int,
     "block-size": parse_bytes,
     "slice-above": parse_bytes,
+    "collective": str,
 }
 
 
@@ -62,6 +65,8 @@ class Settings:
         Least time between two progress reports, in seconds.
     slice_above_bytes : int
         Buffers above this size are reduced by owner-slice.
+    collective : str or None
+        Name of the communicator that the user asks for; None for the best.
     """
 
     window: int
@@ -71,6 +76,7 @@ class Settings:
     queue_timeout_s: float
     progress_interval_s: float
     slice_above_bytes: int
+    collective: str | None = None
 
 
 def settings() -> Settings:
@@ -90,7 +96,7 @@ def settings() -> Settings:
         except (TypeError, ValueError, KeyError) as error:
             message = f"dask-nn.{key} is {value!r}, expected something like {default!r}: {error}"
             raise ConfigurationError(message) from error
-        if values[key] <= 0:
+        if not isinstance(values[key], str) and values[key] <= 0:
             message = f"dask-nn.{key} must be positive, got {value!r}"
             raise ConfigurationError(message)
     return Settings(
@@ -101,4 +107,5 @@ def settings() -> Settings:
         queue_timeout_s=values["queue-timeout"],
         progress_interval_s=values["progress-interval"],
         slice_above_bytes=values["slice-above"],
+        collective=None if values["collective"] == "auto" else values["collective"],
     )

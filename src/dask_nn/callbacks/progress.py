@@ -83,7 +83,16 @@ def _ranks(details: dict[str, Any]) -> str:
     return f"{count} rank" if count == 1 else f"{count} ranks"
 
 
+def _encrypted(details: dict[str, Any]) -> str:
+    between = "hosts" if details["hosts"] > 1 else "workers"
+    return (
+        f"gradients travel between {between} over Dask's own encrypted connections, which is "
+        "slower than gloo"
+    )
+
+
 _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "encrypted-exchange": _encrypted,
     "queued": lambda d: f"waiting for another training on {', '.join(d['workers'])}",
     "recovered": _recovered,
     "resized": lambda d: f"going on with {_ranks(d)} from step {d['step']:,}",

@@ -80,7 +80,7 @@ class HostsCommunicator(Communicator):
         **options: Any,
     ) -> None:
         super().__init__(rank, world_size, **options)
-        if sum(hosts) != world_size or min(hosts) < 1:
+        if sum(hosts) != world_size or min(hosts, default=0) < 1:
             message = f"hosts must share {world_size} ranks, at least 1 each, got {tuple(hosts)}"
             raise ConfigurationError(message)
         self.name = name

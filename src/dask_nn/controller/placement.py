@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Seating", "WorkerFacts", "seat_ranks"]
 
+# Schemes of addresses.
+ENCRYPTED = frozenset({"tls", "wss"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFacts:
@@ -53,6 +56,11 @@ class WorkerFacts:
     used_bytes: int = 0
     num_gpus: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether Dask encrypts what is said to this worker."""
+        return self.address.partition("://")[0] in ENCRYPTED
 
     @property
     def room_bytes(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from distributed import KilledWorker
 
-from dask_nn.collectives.choose import RankPlace, choose
+from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
 from dask_nn.controller.cluster import ask_workers
 from dask_nn.controller.rank_handles import signal_ranks
 from dask_nn.controller.worker_side import RankPayload, Seat, run_rank
@@ -24,19 +24,41 @@ if TYPE_CHECKING:
     from dask_nn.controller.keeping import StateSource
     from dask_nn.controller.placement import Seating
 
-__all__ = ["RankGroup", "choose_collective"]
+__all__ = ["RankGroup", "choose_again", "choose_collective", "rank_places"]
 
 SIGNAL_S = 1.0
 START_S = 30.0
 
 
-def choose_collective(seating: Seating, *, device: str) -> str:
-    """Name the communicator for a gang on these workers."""
-    places = [
-        RankPlace(host=worker.host, process=worker.process, machine=worker.machine)
+def choose_collective(seating: Seating, *, device: str, wanted: str | None = None) -> str:
+    """Name the communicator for a gang on these workers.
+
+    Raises
+    ------
+    ConfigurationError
+        If the one that the user asked for cannot connect them.
+    """
+    return choose(rank_places(seating), device=device, wanted=wanted)
+
+
+def choose_again(seating: Seating, *, device: str, wanted: str | None = None) -> str:
+    """Name the communicator for a later gang: the best, where the wanted one fits no more."""
+    places = rank_places(seating)
+    fits = wanted is not None and not possible(places, device=device).get(wanted)
+    return choose(places, device=device, wanted=wanted if fits else None)
+
+
+def rank_places(seating: Seating) -> list[RankPlace]:
+    """Tell where the ranks of a gang are, in the order of ranks."""
+    return [
+        RankPlace(
+            host=worker.host,
+            process=worker.process,
+            machine=worker.machine,
+            encrypted=worker.encrypted,
+        )
         for worker in seating.workers
     ]
-    return choose(places, device=device)
 
 
 class RankGroup:
@@ -79,6 +101,7 @@ class RankGroup:
         self.generation = generation
         self._changed = changed
         workers = seating.workers
+        hosts = host_sizes(rank_places(seating))
         processes = [(worker.host, worker.process) for worker in workers]
         self.seats = [
             Seat(
@@ -89,6 +112,7 @@ class RankGroup:
                 address=worker.address,
                 leader=workers[0].address,
                 collective=collective,
+                hosts=hosts,
                 shared_process=processes.count(processes[rank]) > 1,
                 source=source,
                 canary=canary,

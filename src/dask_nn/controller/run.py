@@ -99,7 +99,9 @@ def execute(
     collective = "serial"
     if seating is not None:
         collective = (
-            "tasks" if engine == "graph" else choose_collective(seating, device=spec.device)
+            "tasks"
+            if engine == "graph"
+            else choose_collective(seating, device=spec.device, wanted=settings.collective)
         )
     info = RunInfo(
         engine=engine,

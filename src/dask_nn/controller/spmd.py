@@ -18,7 +18,7 @@ from dask_nn.controller.keeping import Position, StateSource
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
-from dask_nn.controller.rank_group import RankGroup, choose_collective
+from dask_nn.controller.rank_group import RankGroup, choose_again
 from dask_nn.controller.worker_side import forget_run
 from dask_nn.errors import WorkerLost
 from dask_nn.events import Event
@@ -158,6 +158,7 @@ class _Run:
         self._last_end: GangEnd | None = None
         self._ranks = 0
         self._started = False
+        self._told_of_encryption = False
         self._started_at = 0
         self._resized = time.monotonic()
 
@@ -221,12 +222,18 @@ class _Run:
         self._started = False
         if self._generation:
             self._prepare_next_gang()
+        collective = choose_again(
+            seating,
+            device=self._payload.spec.device,
+            wanted=self._payload.settings.collective,
+        )
+        self._tell_of_encryption(seating, collective)
         group = RankGroup(
             self._client,
             run_id=self._run_id,
             generation=self._generation,
             seating=seating,
-            collective=choose_collective(seating, device=self._payload.spec.device),
+            collective=collective,
             changed=self._changed,
             source=self._source,
             canary=self._canary,
@@ -249,6 +256,14 @@ class _Run:
         finally:
             self._watch.end(group)
             group.release()
+
+    def _tell_of_encryption(self, seating: Seating, collective: str) -> None:
+        """Say once that gradients do not take the fastest way, and why."""
+        encrypted = any(worker.encrypted for worker in seating.workers)
+        if encrypted and collective.endswith("dask") and not self._told_of_encryption:
+            self._told_of_encryption = True
+            hosts = sorted({worker.host for worker in seating.workers})
+            self._tell("encrypted-exchange", collective=collective, hosts=len(hosts))
 
     def _prepare_next_gang(self) -> None:
         """Tell the ranks where to start, and what is saved already."""

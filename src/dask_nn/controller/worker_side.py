@@ -21,6 +21,7 @@ from distributed.utils import sync
 from dask_nn import faults
 from dask_nn.controller import keeping
 from dask_nn.controller.block_fetch import make_reader, room_bytes, used_bytes
+from dask_nn.controller.mail import WorkerMailbox, open_post_office
 from dask_nn.controller.meeting import WorkerRendezvous, open_meeting_point
 from dask_nn.controller.placement import WorkerFacts
 from dask_nn.controller.quiet import quiet_worker
@@ -63,6 +64,8 @@ class Seat:
         Name of the communicator.
     shared_process : bool
         Whether other ranks run in the same process.
+    hosts : tuple of int
+        Ranks on each host, in the order of ranks.
     source : StateSource, optional
         Where the run's state is, once a gang has left one.
     canary : bytes
@@ -77,6 +80,7 @@ class Seat:
     leader: str
     collective: str
     shared_process: bool
+    hosts: tuple[int, ...] = ()
     source: keeping.StateSource | None = None
     canary: bytes = b""
 
@@ -125,6 +129,7 @@ def describe(dask_worker: Worker) -> dict[str, Any]:
     """
     open_meeting_point(dask_worker)
     keeping.serve_states(dask_worker)
+    open_post_office(dask_worker)
     versions = {"python": platform.python_version()}
     for name in ("dask", "distributed", "numpy", "dask-nn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -308,6 +313,8 @@ def _communicator(
         timeout_s=settings.exchange_timeout_s,
         abort_event=abort,
         slice_above_bytes=settings.slice_above_bytes,
+        hosts=seat.hosts,
+        mailbox=WorkerMailbox(worker, seat.gang),
     )
 
 

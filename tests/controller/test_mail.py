@@ -1,0 +1,72 @@
+"""Letters over Dask's own connections, with TLS, pass the conformance suite of communicators."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+from distributed import Client, LocalCluster, Security
+
+from dask_nn.testing.communicator_suite import (
+    CommunicatorSuite,
+    PeerSuite,
+    exchange_leaves,
+    values,
+    wait_until_ended,
+)
+from dask_nn.testing.worker_gangs import WorkerGang
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def tls_client(_quiet_dask: None) -> Iterator[Client]:
+    """Start four worker processes that talk over TLS alone."""
+    pytest.importorskip("cryptography")
+    with (
+        LocalCluster(
+            n_workers=4,
+            threads_per_worker=1,
+            security=Security.temporary(),
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+class TestMail(CommunicatorSuite, PeerSuite):
+    gangs = ((1, 1), (2, 2), (8, 3), (7, 4))
+    exchanges = 30
+
+    @pytest.fixture
+    def gang(self, tls_client: Client) -> WorkerGang:
+        assert all(address.startswith("tls://") for address in tls_client.nthreads())
+        return WorkerGang(tls_client, "dask")
+
+    def test_a_killed_worker_ends_the_exchange_at_once(self, gang: WorkerGang) -> None:
+        outcomes = gang.run(3, wait_until_ended, "collect", "kill", timeout_s=60.0)
+        assert isinstance(outcomes[0].error, EOFError)
+        assert [outcome.value[0] for outcome in outcomes[1:]] == ["Aborted"] * 2
+
+
+class TestMailBetweenHosts:
+    """Shared memory inside pretended hosts, TLS between them."""
+
+    def test_totals_have_the_bits_of_the_tree(self, tls_client: Client) -> None:
+        gang = WorkerGang(tls_client, "shared_memory+dask")
+        for hosts in ((2, 2), (1, 3)):
+            for above in (0, 1 << 20):
+                CommunicatorSuite().check_totals(
+                    gang, 7, 4, 1003, hosts=hosts, slice_above_bytes=above
+                )
+
+
+def test_a_leaf_that_is_no_float_buffer_of_dask_travels_too(tls_client: Client) -> None:
+    """More than Dask's own threshold for another thread: letters still come in order."""
+    gang = WorkerGang(tls_client, "dask")
+    digests = values(gang.run(2, exchange_leaves, 2, 3_000_001, 3, "float64"))
+    assert digests[0] == digests[1]
