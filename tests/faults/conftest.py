@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import cloudpickle
 import numpy as np
@@ -27,6 +27,7 @@ from dask_nn.callbacks.base import Callback
 from dask_nn.clusters.local import local_cluster
 from dask_nn.data.plan import Plan
 from dask_nn.testing.faults import Ledger, pretend_cores, record_steps
+from dask_nn.testing.network import Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -177,6 +178,24 @@ def make_scalable(_quiet_dask: None) -> Iterator[Callable[[int], Any]]:
             return client
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def network() -> Iterator[Network]:
+    """Make two hosts with addresses of their own."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(Network())
+        except OSError as error:
+            lacking(str(error))
+        yield found
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skip a test for what is not here; fail it where everything must be."""
+    if os.environ.get("DASK_NN_REQUIRE_SERVICES"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture
