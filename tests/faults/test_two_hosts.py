@@ -94,20 +94,6 @@ def test_memory_of_one_host_is_refused_for_two(job, clear, dask_config):
         job.train(clear.client)
 
 
-@pytest.mark.parametrize("kind", ["clear", "tls"])
-def test_killed_ranks_of_either_level_are_trained_around(
-    job, undisturbed, same_bits, heard, tmp_path, request, kind
-):
-    """First a rank that leads no host, then the leader of the first host."""
-    cluster = request.getfixturevalue(kind)
-    kills = [Fault(point="forward", rank=3, step=20), Fault(point="forward", rank=0, step=50)]
-    install(cluster.client, kills, tmp_path)
-    result = job.train(cluster.client, callbacks=[heard])
-    same_bits(result, undisturbed)
-    assert len(heard.named("recovered")) == 2
-    assert sum(worker.poll() is not None for worker in cluster.workers) == 2
-
-
 class Row(nn.Module):
     """Weights that are known before and after every step."""
 
@@ -231,3 +217,17 @@ def test_with_tls_the_bits_are_those_of_one_process(job, undisturbed, tls, same_
     result = job.train(tls.client)
     assert result.run.collective == "shared_memory+dask"
     same_bits(result, undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["clear", "tls"])
+def test_killed_ranks_of_either_level_are_trained_around(
+    job, undisturbed, same_bits, heard, tmp_path, request, kind
+):
+    """First a rank that leads no host, then the leader of the first host."""
+    cluster = request.getfixturevalue(kind)
+    kills = [Fault(point="forward", rank=3, step=20), Fault(point="forward", rank=0, step=50)]
+    install(cluster.client, kills, tmp_path)
+    result = job.train(cluster.client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    assert len(heard.named("recovered")) == 2
+    assert sum(worker.poll() is not None for worker in cluster.workers) == 2
