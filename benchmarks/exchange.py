@@ -217,11 +217,11 @@ def _measure(gang: Gang, name: str, size_bytes: int, repeats: int) -> Latency:
         size_bytes=size_bytes,
         num_ranks=world_size,
         num_exchanges=repeats,
-        median_s=median(_durations_s([outcome.value for outcome in outcomes])),
+        median_s=median(durations_s([outcome.value for outcome in outcomes])),
     )
 
 
-def _durations_s(ranks: Sequence[Iterable[tuple[int, int]]]) -> list[float]:
+def durations_s(ranks: Sequence[Iterable[tuple[int, int]]]) -> list[float]:
     """Give last begin to last end of each exchange; ranks of a host share the clock."""
     return [
         (max(end for _, end in times) - max(begin for begin, _ in times)) * 1e-9
