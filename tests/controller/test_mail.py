@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def tls_client(_quiet_dask: None) -> Iterator[Client]:
     """Start four worker processes that talk over TLS alone."""
-    pytest.importorskip("cryptography")
     with (
         LocalCluster(
             n_workers=4,

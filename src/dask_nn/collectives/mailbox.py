@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 __all__ = ["LocalMailbox", "Mailbox"]
 
@@ -35,16 +34,8 @@ class Mailbox(ABC):
         """Begin to accept connections as this member; give the address that peers need."""
 
     @abstractmethod
-    def connect(self, peer: int, address: bytes, *, timeout_s: float) -> None:
-        """Connect to a peer that has registered.
-
-        Raises
-        ------
-        ConnectionError
-            If the peer refuses.
-        TimeoutError
-            If it does not answer in time.
-        """
+    def connect(self, peer: int, address: bytes) -> None:
+        """Begin to connect to a peer that has registered; `await_peers` tells how it went."""
 
     @abstractmethod
     def send(self, peer: int, payload: Payload) -> None:
@@ -67,11 +58,13 @@ class Mailbox(ABC):
         Raises
         ------
         ConnectionError
-            If one was, and is not any more.
+            If one refused, or is gone again.
         """
         wanted = set(peers)
         with self._changed:
-            self._changed.wait_for(lambda: wanted <= self._joined or self._lost, timeout_s)
+            self._changed.wait_for(
+                lambda: wanted <= self._joined or self._gone(wanted) is not None, timeout_s
+            )
             self._check(wanted)
             return wanted <= self._joined
 
@@ -83,18 +76,13 @@ class Mailbox(ABC):
         ConnectionError
             If the member is gone and has left no letter.
         """
-        deadline = time.monotonic() + timeout_s
         with self._changed:
             letters = self._letters[peer]
-            while not letters:
-                self._check((peer,))
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return None
-                self._changed.wait(left)
-            return letters.popleft()
+            self._changed.wait_for(lambda: letters or self._gone((peer,)) is not None, timeout_s)
+            self._check((peer,))
+            return letters.popleft() if letters else None
 
-    def check(self, peers: Iterable[int]) -> None:
+    def check(self, peers: Collection[int]) -> None:
         """Raise a ConnectionError if one of these members is gone and has left no letter."""
         with self._changed:
             self._check(peers)
@@ -117,10 +105,17 @@ class Mailbox(ABC):
             self._lost.setdefault(peer, reason)
             self._changed.notify_all()
 
-    def _check(self, peers: Iterable[int]) -> None:
-        for peer in peers:
-            if peer in self._lost and not self._letters[peer]:
-                raise ConnectionError(self._lost[peer])
+    def _gone(self, peers: Collection[int]) -> str | None:
+        """Give why one of these members is gone without a letter; None if none is."""
+        for peer, reason in self._lost.items():
+            if peer in peers and not self._letters[peer]:
+                return reason
+        return None
+
+    def _check(self, peers: Collection[int]) -> None:
+        reason = self._gone(peers)
+        if reason is not None:
+            raise ConnectionError(reason)
 
 
 _offices: defaultdict[str, dict[int, LocalMailbox]] = defaultdict(dict)
@@ -149,13 +144,13 @@ class LocalMailbox(Mailbox):
             _offices[self._gang][member] = self
         return self._gang.encode()
 
-    def connect(self, peer: int, address: bytes, *, timeout_s: float) -> None:
+    def connect(self, peer: int, address: bytes) -> None:
         """Look the peer up, and be known to it."""
         with _offices_lock:
             other = _offices[address.decode()].get(peer)
         if other is None:
-            message = f"member {peer} has left"
-            raise ConnectionRefusedError(message)
+            self.lose(peer, "it has ended")
+            return
         self._meet(peer, other)
         other._meet(self._member, self)  # noqa: SLF001 - of this class
 

@@ -47,15 +47,7 @@ class MailboxCommunicator(MessageCommunicator):
         deadline = self.deadline()
         self.rendezvous.set(f"mail/{self.rank}", self._mailbox.register(self.rank))
         for peer in range(self.rank):
-            address = self.await_key(self.rendezvous, f"mail/{peer}")
-            self.check_abort()
-            try:
-                left = max(POLL_S, deadline - time.monotonic())
-                self._mailbox.connect(peer, address, timeout_s=left)
-            except TimeoutError:
-                raise self.timed_out(self.name_of(peer)) from None
-            except OSError as error:
-                raise self._lost(peer, error) from error
+            self._mailbox.connect(peer, self.await_key(self.rendezvous, f"mail/{peer}"))
         while not self._peers_joined():
             self.check_abort()
             if time.monotonic() > deadline:
@@ -160,6 +152,3 @@ class MailboxCommunicator(MessageCommunicator):
             f"{self.title} lost a peer, which ended the exchange or died "
             f"(communicator {self.name!r}): {error}"
         )
-
-    def _lost(self, peer: int, error: Exception) -> Aborted:
-        return Aborted(f"{self.title} cannot reach {self.name_of(peer)}: {error!r}")

@@ -80,25 +80,32 @@ class WorkerMailbox(Mailbox):
             _boxes[self._worker.address, self._gang, member] = self
         return str(self._worker.address).encode()
 
-    def connect(self, peer: int, address: bytes, *, timeout_s: float) -> None:
+    def connect(self, peer: int, address: bytes) -> None:
         """Open a connection to a peer's worker."""
+        self._in_loop(lambda: self._start(self._dial(peer, address.decode())))
 
-        async def dial() -> None:
-            async with asyncio.timeout(timeout_s):
-                comm = await self._worker.rpc.connect(address.decode())
-                await comm.write(
-                    {
-                        "op": OPERATION,
-                        "gang": self._gang,
-                        "sender": self._member,
-                        "receiver": peer,
-                        "reply": False,
-                    }
-                )
+    async def _dial(self, peer: int, address: str) -> None:
+        greeting = {
+            "op": OPERATION,
+            "gang": self._gang,
+            "sender": self._member,
+            "receiver": peer,
+            "reply": False,
+        }
+        try:
+            comm = await self._worker.rpc.connect(address)
+        except (OSError, RuntimeError) as error:  # the second: this worker is closing
+            self.lose(peer, f"{address} cannot be reached: {error}")
+            return
+        try:
+            await comm.write(greeting)
             self._begin(peer, comm)
-            self._start(self._read(peer, comm, pool=address.decode()))
-
-        asyncio.run_coroutine_threadsafe(dial(), self._loop).result(timeout_s + LEAVE_S)
+            await self._read(peer, comm)
+        except OSError as error:
+            self.lose(peer, str(error))
+        finally:
+            comm.abort()
+            self._worker.rpc.reuse(address, comm)
 
     async def accept(self, peer: int, comm: Comm) -> None:
         """Take a peer's connection, and read it to its end."""
@@ -170,7 +177,7 @@ class WorkerMailbox(Mailbox):
             finally:
                 queue.task_done()
 
-    async def _read(self, peer: int, comm: Comm, *, pool: str = "") -> None:
+    async def _read(self, peer: int, comm: Comm) -> None:
         reason = "its connection was closed"
         try:
             while True:
@@ -181,8 +188,6 @@ class WorkerMailbox(Mailbox):
         finally:
             comm.abort()
             self.lose(peer, reason)
-            if pool:
-                self._worker.rpc.reuse(pool, comm)
 
     def _in_loop(self, function: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # a loop that has ended has no connections
