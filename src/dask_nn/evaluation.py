@@ -13,6 +13,8 @@ from dask.delayed import delayed
 from torch import Tensor, nn
 
 from dask_nn.data.inputs.read import read_inputs
+from dask_nn.data.inputs.slices import cut_to_fit
+from dask_nn.data.reader import RETRY_PAUSES_S
 from dask_nn.errors import ConfigurationError, DataError, ModelError
 from dask_nn.grouping import Grouping, map_inputs
 from dask_nn.metrics.block import block_partials, check_loss, check_metrics
@@ -25,13 +27,15 @@ from dask_nn.metrics.forward import (
     sendable,
     targets_of,
 )
+from dask_nn.metrics.guards import guarded
 from dask_nn.metrics.heads import WHOLE, num_outputs_of, resolve_heads
 from dask_nn.metrics.merge import Partial, compute, merge_named
 from dask_nn.metrics.objective import Objective
 from dask_nn.metrics.row_blocks import (
     aligned,
     as_array,
-    check_same_rows,
+    check_finite,
+    check_lengths,
     per_block,
     shipped,
 )
@@ -127,16 +131,13 @@ def evaluate(
     with client.as_current() if client is not None else nullcontext():
         inputs = read_inputs(X, y, sample_weight, features=features, batch_dim=batch_dim)
         arrays = {name: as_array(name, value) for name, value in inputs.items()}
-        _check_lengths(arrays)
+        _check_arrays(arrays)
         grouping = Grouping.of(list(arrays))
-        if isinstance(next(iter(arrays.values())), da.Array):
-            return _on_cluster(
-                model, aligned(arrays), grouping, metrics, objective, batch_size, transform
-            )
-        rows = [np.asarray(array) for array in arrays.values()]
-        _check_lengths(dict(zip(arrays, rows, strict=True)))
+        if any(isinstance(array, da.Array) for array in arrays.values()):
+            return _on_cluster(model, arrays, grouping, metrics, objective, batch_size, transform)
+        rows = list(arrays.values())
         criteria = _criteria(model, rows, grouping, metrics, objective, transform)
-        criteria.check_labels(grouping.targets(rows))
+        criteria.check(grouping.targets(rows), grouping.weights(rows))
         partials = block_partials(
             model,
             grouping.inputs(rows),
@@ -175,8 +176,19 @@ class _Criteria:
     num_classes: Mapping[Head, int]
     ignore_index: int | None
 
-    def check_labels(self, targets: Any) -> None:
-        """Raise a DataError if a label lies outside the outputs."""
+    def check(self, targets: Any, weights: np.ndarray[Any, Any] | None) -> None:
+        """Check the values of some targets and weights.
+
+        Raises
+        ------
+        DataError
+            If one is no number, or a label lies outside the outputs.
+        """
+        members = targets if isinstance(targets, dict) else {None: targets}
+        for key, values in members.items():
+            check_finite("y" if key is None else f"y[{key!r}]", values)
+        if weights is not None:
+            check_finite("sample_weight", weights)
         for head, num_classes in self.num_classes.items():
             y = head.target_of(targets)
             kept = y if self.ignore_index is None else y[y != self.ignore_index]
@@ -228,13 +240,14 @@ def _criteria(
 
 def _on_cluster(
     model: nn.Module,
-    arrays: Sequence[da.Array],
+    inputs: dict[str, Any],
     grouping: Grouping,
     metrics: Metrics | Mapping[str, Metrics],
     objective: Objective | None,
     batch_size: int,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, float]:
+    arrays = guarded(aligned(cut_to_fit(inputs)), pauses_s=RETRY_PAUSES_S)
     payload, sent = sendable(model)
     objects = [payload, dumps(transform, "transform")]
     if objective is not None:
@@ -248,6 +261,10 @@ def _on_cluster(
         row_shape=(),
         meta=np.empty(0, dtype=object),
         name="dask-nn-evaluate",
+        fields={
+            name: tuple(map(int, array.shape[1:]))
+            for name, array in zip(inputs, arrays, strict=True)
+        },
     )
     parts = list(blocks.to_delayed().ravel())
     merge_parts = delayed(merge_named, pure=True)
@@ -261,9 +278,8 @@ def _evaluate_block(
     *rows_and_objects: Any, grouping: Grouping, batch_size: int
 ) -> dict[str, Partial]:
     *rows, (model, transform, criteria) = rows_and_objects
-    check_same_rows(rows)
     targets = grouping.targets(rows)
-    criteria.check_labels(targets)
+    criteria.check(targets, grouping.weights(rows))
     with one_thread_per_task():
         return block_partials(
             model,
@@ -278,15 +294,10 @@ def _evaluate_block(
         )
 
 
-def _check_lengths(arrays: Mapping[str, Any]) -> None:
+def _check_arrays(arrays: Mapping[str, Any]) -> None:
     """Check that all inputs have as many rows as X, as far as their lengths are known."""
     weight = arrays.get("sample_weight")
     if weight is not None and weight.ndim != 1:
         raise DataError(f"sample_weight must have shape (num_rows,), got shape {weight.shape}")
-    lengths = {name: array.shape[0] for name, array in arrays.items()}
-    known = {name: int(length) for name, length in lengths.items() if not np.isnan(length)}
-    if len(set(known.values())) > 1:
-        listed = ", ".join(f"{name} has {length}" for name, length in known.items())
-        raise DataError(f"inputs must have the same number of rows, but {listed}")
-    if 0 in known.values():
+    if check_lengths(arrays) == 0:
         raise DataError("there is nothing to evaluate: X and y have 0 rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dask_nn.data.inputs.read import read_inputs
-from dask_nn.data.inputs.results import like_input
+from dask_nn.data.inputs.frames import Indexed
+from dask_nn.data.inputs.read import read_rows
+from dask_nn.data.inputs.results import frame_of, like_input
+from dask_nn.data.inputs.slices import cut_to_fit
+from dask_nn.data.reader import RETRY_PAUSES_S
 from dask_nn.errors import ConfigurationError, ModelError
-from dask_nn.grouping import Grouping, group_of
+from dask_nn.grouping import Grouping
 from dask_nn.metrics.forward import (
     check_batch_size,
     count_rows,
@@ -25,18 +29,12 @@ from dask_nn.metrics.forward import (
     probe,
     sendable,
 )
-from dask_nn.metrics.row_blocks import (
-    aligned,
-    as_array,
-    check_same_rows,
-    one_chunk_per_row_block,
-    per_block,
-    shipped,
-)
+from dask_nn.metrics.guards import guarded
+from dask_nn.metrics.row_blocks import aligned, as_array, check_same_rows, per_block, shipped
 from dask_nn.pickling import dumps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["predict"]
 
@@ -104,20 +102,41 @@ def predict(
     check_batch_size(batch_size)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = read_inputs(X, features=features, batch_dim=batch_dim, needs_target=False)
-    inputs = {name: as_array(name, value) for name, value in found.items() if group_of(name) == "X"}
-    predictions = _predict_arrays(
-        model, inputs, output=output, batch_size=batch_size, transform=transform
-    )
+    rows = read_rows(X, features=features, batch_dim=batch_dim)
+    inputs = {name: as_array(name, value) for name, value in rows.arrays.items()}
+    with _hinting(X, features):
+        predictions = _predict_arrays(
+            model,
+            inputs,
+            indexed=rows.indexed,
+            output=output,
+            batch_size=batch_size,
+            transform=transform,
+        )
 
     def like_rows(predictions: Any, name: str) -> Any:
-        return like_input(predictions, X, name=name, batch_dim=batch_dim)
+        return like_input(predictions, rows.like, name=name, batch_dim=batch_dim)
 
     if isinstance(predictions, dict):
         return {name: like_rows(part, str(name)) for name, part in predictions.items()}
     if isinstance(predictions, tuple):
         return tuple(like_rows(part, str(place)) for place, part in enumerate(predictions))
     return like_rows(predictions, str(output))
+
+
+@contextmanager
+def _hinting(X: Any, features: Any) -> Iterator[None]:
+    """Say of a model that cannot process all that X has, that X may have too much."""
+    try:
+        yield
+    except ModelError as error:
+        names = X if isinstance(X, Mapping) else getattr(X, "columns", getattr(X, "data_vars", ()))
+        if features is not None or not len(names):
+            raise
+        raise ModelError(
+            f"{error}; all of {', '.join(map(str, names))} are given to the module: if some of "
+            "them are no features (y, weights), name those that are with features="
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +149,13 @@ class _Part:
         What is predicted from it.
     like : ndarray
         A prediction of no rows.
+    name : str
+        How it is called in a table.
     """
 
     output: Output
     like: np.ndarray[Any, Any]
+    name: str
 
     def finish(self, raw: Any) -> np.ndarray[Any, Any]:
         """Make predictions, shape (num_rows, ...), of the module's output for some rows."""
@@ -148,32 +170,40 @@ def _predict_arrays(
     model: nn.Module,
     inputs: dict[str, Any],
     *,
+    indexed: str | None,
     output: Output | Mapping[str, Output],
     batch_size: int,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> Any:
     grouping = Grouping.of(list(inputs))
-    rows = list(inputs.values())
-    if not any(isinstance(array, da.Array) for array in rows):
+    if not any(isinstance(array, da.Array) for array in inputs.values()):
+        rows = list(inputs.values())
         check_same_rows(rows)
         X = grouping.inputs(rows)
         returned = probe(model, X, transform=transform)
         parts = _parts(returned, output)
         found = _predict_rows(X, [model, transform], batch_size=batch_size, parts=parts)
         return _shaped(found, returned)
-    rows = [one_chunk_per_row_block("X", rows[0])] if len(inputs) == 1 else aligned(inputs)
+    blocks = guarded(aligned(cut_to_fit(inputs), reference=indexed), pauses_s=RETRY_PAUSES_S)
     payload, sent = sendable(model)
     objects = shipped(payload, dumps(transform, "transform"))
-    returned = probe(sent, grouping.inputs(rows), transform=transform)
+    returned = probe(sent, grouping.inputs(blocks), transform=transform)
     parts = _parts(returned, output)
     function = partial(_predict_block, grouping=grouping, batch_size=int(batch_size), parts=parts)
-    options: dict[str, Any] = {"name": "dask-nn-predict", "objects": objects}
+    options: dict[str, Any] = {
+        "name": "dask-nn-predict",
+        "objects": objects,
+        "fields": {
+            name: tuple(map(int, array.shape[1:]))
+            for name, array in zip(inputs, blocks, strict=True)
+        },
+    }
     if list(parts) == [None]:
         like = parts[None].like
         return per_block(
-            partial(_only_part, function), *rows, row_shape=like.shape[1:], meta=like, **options
+            partial(_only_part, function), *blocks, row_shape=like.shape[1:], meta=like, **options
         )
-    together = per_block(function, *rows, row_shape=(), meta=np.empty(0, dtype=object), **options)
+    together = per_block(function, *blocks, row_shape=(), meta=np.empty(0, dtype=object), **options)
     lazy = {
         key: per_block(
             partial(_one_part, key),
@@ -207,7 +237,11 @@ def _parts(returned: Any, output: Output | Mapping[str, Output]) -> _Parts:
     else:
         members = {None: (returned, output)}
     return {
-        key: _Part(output=kind, like=_finish(kind, tensor)[:0])
+        key: _Part(
+            output=kind,
+            like=_finish(kind, tensor)[:0],
+            name=str(kind) if key is None else str(key),
+        )
         for key, (tensor, kind) in members.items()
     }
 
@@ -220,20 +254,23 @@ def _shaped(found: dict[Any, Any], returned: Any) -> Any:
 
 
 def _predict_block(
-    *rows_and_objects: Any, grouping: Grouping, **options: Any
-) -> dict[Any, np.ndarray[Any, Any]]:
-    *rows, objects = rows_and_objects
-    check_same_rows(rows)
+    *blocks_and_objects: Any, grouping: Grouping, parts: _Parts, **options: Any
+) -> dict[Any, Any]:
+    *blocks, objects = blocks_and_objects
+    index = next((block.index for block in blocks if isinstance(block, Indexed)), None)
+    rows = [block.rows if isinstance(block, Indexed) else block for block in blocks]
     with one_thread_per_task():
-        return _predict_rows(grouping.inputs(rows), objects, **options)
+        found = _predict_rows(grouping.inputs(rows), objects, parts=parts, **options)
+    if index is None:
+        return found
+    return {key: frame_of(values, index, parts[key].name) for key, values in found.items()}
 
 
-def _only_part(function: Callable[..., Any], *rows_and_objects: Any) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = function(*rows_and_objects)[None]
-    return found
+def _only_part(function: Callable[..., Any], *blocks_and_objects: Any) -> Any:
+    return function(*blocks_and_objects)[None]
 
 
-def _one_part(key: Any, together: dict[Any, np.ndarray[Any, Any]], _: None) -> np.ndarray[Any, Any]:
+def _one_part(key: Any, together: dict[Any, Any], _: None) -> Any:
     return together[key]
 
 

@@ -11,8 +11,10 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.delayed import Delayed, delayed
+from dask.layers import ArrayBlockwiseDep
 
 from dask_nn.errors import DataError
+from dask_nn.metrics.guards import in_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "aligned",
     "as_array",
+    "check_finite",
+    "check_lengths",
     "check_same_rows",
     "one_chunk_per_row_block",
     "per_block",
@@ -67,11 +71,23 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
     return array.rechunk(split) if split else array
 
 
-def aligned(arrays: Mapping[str, Any]) -> list[da.Array]:
-    """Give all inputs the row chunks of the first, and one chunk along other axes.
+def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[da.Array]:
+    """Give all inputs the row chunks of one of them, and one chunk along other axes.
 
     Inputs of unknown lengths that have the same number of chunks are taken to be aligned, which
     `check_same_rows` makes sure of in every block; else their lengths are computed.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array
+        At least one of them a Dask array.
+    reference : str, optional
+        The Dask array that keeps its chunks; the first by default.
+
+    Raises
+    ------
+    DataError
+        If they differ in length, have no rows, or an unknown length cannot be computed.
     """
     lazy = [array for array in arrays.values() if isinstance(array, da.Array)]
     unknown = [np.isnan(array.shape[0]) for array in lazy]
@@ -79,16 +95,13 @@ def aligned(arrays: Mapping[str, Any]) -> list[da.Array]:
     if all(unknown) and same and len(lazy) == len(arrays):
         return [one_chunk_per_row_block(name, array) for name, array in arrays.items()]
     resolved = {name: _with_lengths(name, array) for name, array in arrays.items()}
-    lengths = {name: int(array.shape[0]) for name, array in resolved.items()}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise DataError(f"inputs must have the same number of rows, but {listed}")
-    if 0 in lengths.values():
+    if not check_lengths(resolved):
         raise DataError(f"there is nothing to compute: {', '.join(arrays)} have 0 rows")
-    row_chunks = next(iter(resolved.values())).chunks[0]
+    reference = reference or next(name for name, array in arrays.items() if _is_lazy(array))
+    row_chunks = resolved[reference].chunks[0]
     found = []
     for name, array in resolved.items():
-        if not isinstance(array, da.Array):
+        if not _is_lazy(array):
             whole = [(length,) for length in array.shape[1:]]
             found.append(da.from_array(array, chunks=(row_chunks, *whole)))
             continue
@@ -96,6 +109,26 @@ def aligned(arrays: Mapping[str, Any]) -> list[da.Array]:
         same = joined.chunks[0] == row_chunks
         found.append(joined if same else joined.rechunk({0: row_chunks}))
     return found
+
+
+def check_lengths(arrays: Mapping[str, Any]) -> int | None:
+    """Give the rows that all inputs have, as far as that is known.
+
+    Raises
+    ------
+    DataError
+        If they differ.
+    """
+    lengths = {name: array.shape[0] for name, array in arrays.items()}
+    known = {name: int(length) for name, length in lengths.items() if not np.isnan(length)}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in known.items())
+        raise DataError(f"inputs must have the same number of rows, but {listed}")
+    return next(iter(known.values()), None)
+
+
+def _is_lazy(array: Any) -> bool:
+    return isinstance(array, da.Array)
 
 
 def check_same_rows(rows: Sequence[Any]) -> None:
@@ -106,11 +139,32 @@ def check_same_rows(rows: Sequence[Any]) -> None:
     DataError
         If they have not.
     """
-    lengths = {len(array) for array in rows if array is not None}
+    lengths = {array.shape[0] for array in rows if array is not None}
     if len(lengths) > 1:
         raise DataError(
             f"the arrays of one block have {', '.join(map(str, sorted(lengths)))} rows, expected "
             "the same number in all"
+        )
+
+
+def check_finite(name: str, rows: np.ndarray[Any, Any]) -> None:
+    """Check that targets or weights have neither missing nor infinite values.
+
+    Raises
+    ------
+    DataError
+        If they have; names the first such row.
+    """
+    if rows.dtype.kind != "f":
+        return
+    with np.errstate(all="ignore"):
+        if np.isfinite(rows.sum()):  # no copy; a sum may be infinite where no number is
+            return
+    bad = ~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+    if bad.any():
+        raise DataError(
+            f"{name} has {int(bad.sum())} rows with values that are missing (NaN) or infinite, the "
+            f"first is row {int(bad.argmax())}; drop or fill them"
         )
 
 
@@ -154,6 +208,7 @@ def per_block(
     row_shape: tuple[int, ...],
     meta: np.ndarray[Any, Any],
     name: str,
+    fields: Mapping[str, tuple[int, ...]] | None = None,
 ) -> da.Array:
     """Apply a function to every row block of aligned arrays, lazily.
 
@@ -171,6 +226,8 @@ def per_block(
         Type of the result, without rows.
     name : str
         How the tasks are called on the dashboard.
+    fields : mapping of str to tuple of int, optional
+        Names of the arrays and the shapes of their rows, against which every block is checked.
 
     Returns
     -------
@@ -185,14 +242,18 @@ def per_block(
             arguments += [None, None]
         else:
             arguments += [array, (0, *(next(axes) for _ in array.shape[1:]))]
+    lengths = next(array for array in arrays if array is not None).chunks[0]
+    token = tokenize(function, *arrays, objects, row_shape, meta, fields)
     result: da.Array = da.blockwise(
-        partial(_on_blocks, function),
+        partial(_on_blocks, function, None if fields is None else tuple(fields.items())),
         (0, *new_axes),
+        _Numbered((lengths,)),
+        (0,),
         *arguments,
         objects,
         None,
         new_axes=new_axes,
-        name=f"{name}-{tokenize(function, *arrays, objects, row_shape, meta)}",
+        name=f"{name}-{token}",
         align_arrays=False,
         concatenate=None,
         dtype=meta.dtype,
@@ -201,9 +262,44 @@ def per_block(
     return result
 
 
-def _on_blocks(function: Callable[..., Any], *blocks_and_objects: Any) -> Any:
-    *blocks, objects = blocks_and_objects
-    return function(*map(_only, blocks), objects)
+class _Numbered(ArrayBlockwiseDep):
+    """The number and the expected rows of each block."""
+
+    def __getitem__(self, idx: tuple[int, ...]) -> tuple[int, float]:
+        (number,) = idx
+        return number, self.chunks[0][number]
+
+
+def _on_blocks(
+    function: Callable[..., Any],
+    fields: tuple[tuple[str, tuple[int, ...]], ...] | None,
+    place: tuple[int, float],
+    *blocks_and_objects: Any,
+) -> Any:
+    number, length = place
+    try:
+        *nested, objects = blocks_and_objects
+        blocks = [_only(block) for block in nested]
+        if fields is not None:
+            _check_blocks(fields, blocks, length)
+        return function(*blocks, objects)
+    except Exception as error:
+        raise in_block(number, error) from error
+
+
+def _check_blocks(
+    fields: Sequence[tuple[str, tuple[int, ...]]], blocks: Sequence[Any], length: float
+) -> None:
+    """Check that a block is what its Dask array says: its chunk sizes may be wrong."""
+    for (name, row_shape), block in zip(fields, blocks, strict=True):
+        shape = tuple(block.shape)
+        rows = shape[0] if np.isnan(length) else int(length)
+        if shape != (rows, *row_shape):
+            raise DataError(
+                f"{name} has shape {shape}, expected {(rows, *row_shape)}; is the chunk size that "
+                "its Dask array tells true?"
+            )
+    check_same_rows(blocks)
 
 
 def _only(block: Any) -> Any:

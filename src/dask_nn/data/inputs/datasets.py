@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dask_nn.data.inputs.plain import as_numpy
 from dask_nn.errors import DataError
 from dask_nn.pickling import dumps
 
@@ -114,7 +115,7 @@ def _stack(samples: Sequence[Any], what: str) -> Any:
     if isinstance(first, dict):
         return {key: _stack([sample[key] for sample in samples], what) for key in first}
     try:
-        stacked = np.stack([np.asarray(_plain(sample)) for sample in samples])
+        stacked = np.stack([as_numpy(sample) for sample in samples])
     except ValueError as error:
         message = f"{what} cannot be stacked: {error}"
         raise DataError(message) from error
@@ -122,10 +123,6 @@ def _stack(samples: Sequence[Any], what: str) -> Any:
         message = f"{what} have type {stacked.dtype}, expected numbers"
         raise DataError(message)
     return stacked
-
-
-def _plain(value: Any) -> Any:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 
 def _leaves(value: Any) -> list[np.ndarray[Any, Any]]:

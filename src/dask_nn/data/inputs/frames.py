@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,15 @@ from dask_nn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Table", "is_dask_frame", "is_frame", "nearest", "read_frame"]
+__all__ = [
+    "Indexed",
+    "Table",
+    "group_of_names",
+    "is_dask_frame",
+    "is_frame",
+    "nearest",
+    "read_frame",
+]
 
 
 def is_frame(value: Any) -> bool:
@@ -26,17 +34,41 @@ def is_frame(value: Any) -> bool:
     return is_dask_frame(value)
 
 
-def nearest(wanted: str, names: Sequence[Any], kind: str = "column") -> str:
+def nearest(wanted: Any, names: Sequence[Any], kind: str = "column") -> str:
     """Say which names there are, and which is nearest to one that there is not."""
-    close = get_close_matches(str(wanted), [str(name) for name in names], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    known = {str(name): name for name in names}
+    close = get_close_matches(str(wanted), list(known), n=1)
+    hint = f"; did you mean {known[close[0]]!r}?" if close else "."
     shown = ", ".join(repr(name) for name in list(names)[:20])
     more = ", ..." if len(names) > 20 else ""
     return f"there is no {kind} {wanted!r}{hint} There are {shown}{more}"
 
 
+def group_of_names(wanted: Any) -> list[Any]:
+    """Give names as a list: of one name, or of several."""
+    return list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+
+
+class Indexed(NamedTuple):
+    """The rows of a partition of a table, and their index."""
+
+    rows: np.ndarray[Any, Any]
+    index: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the rows."""
+        return self.rows.shape
+
+
 def read_frame(
-    frame: Any, *, name: str, target: Any = None, weight: Any = None, features: Any = None
+    frame: Any,
+    *,
+    name: str,
+    target: Any = None,
+    weight: Any = None,
+    features: Any = None,
+    indexed: bool = False,
 ) -> dict[str, Any]:
     """Read a table or a column as arrays of rows.
 
@@ -46,10 +78,13 @@ def read_frame(
         With columns of numbers, booleans or known categories.
     name : str
         What it is: ``"X"``, ``"y"`` or ``"sample_weight"``.
-    target, weight : str or list of str, optional
+    target, weight : name or list of names, optional
         Columns of `frame` that are y, and sample weights.
-    features : list of str, optional
+    features : list of names, optional
         Columns that are X; all others by default.
+    indexed : bool
+        Whether the blocks of a Dask table are `Indexed`, and no arrays: rows and index out of the
+        same partition, which Dask may cut in another way where it reads other columns.
 
     Returns
     -------
@@ -70,7 +105,12 @@ def read_frame(
     parts = chosen.to_delayed()
     meta = chosen._meta  # noqa: SLF001 - what Dask knows of the columns
     return {
-        key: array_of_parts(parts, table.encode, like=table.encode(meta), name=f"dask-nn-{key}")
+        key: array_of_parts(
+            parts,
+            table.encode_indexed if indexed else table.encode,
+            like=table.encode(meta),
+            name=f"dask-nn-{key}",
+        )
         for key, table in tables.items()
     }
 
@@ -107,6 +147,10 @@ class Table:
             rows[:, place] = self._column(frame[column])
         return rows
 
+    def encode_indexed(self, frame: Any) -> Indexed:
+        """Give the rows of a pandas table, and their index."""
+        return Indexed(self.encode(frame), frame.index)
+
     def _column(self, series: Any) -> np.ndarray[Any, Any]:
         if series.dtype.name == "category":
             codes = np.asarray(series.cat.codes)
@@ -138,7 +182,7 @@ def _tables(frame: Any, *, name: str, target: Any, weight: Any, features: Any) -
     taken = {}
     for key, wanted in (("y", target), ("sample_weight", weight)):
         if wanted is not None:
-            taken[key] = [wanted] if isinstance(wanted, str) else list(wanted)
+            taken[key] = group_of_names(wanted)
             _check_exist(taken[key], columns, key)
     own = list(features) if features is not None else None
     if own is None:
@@ -152,7 +196,7 @@ def _tables(frame: Any, *, name: str, target: Any, weight: Any, features: Any) -
     tables = {name: _table(meta, own, name, flat=False)}
     for key, group in taken.items():
         wanted = target if key == "y" else weight
-        tables[key] = _table(meta, group, key, flat=isinstance(wanted, str))
+        tables[key] = _table(meta, group, key, flat=not isinstance(wanted, list | tuple))
     return tables
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from dask_nn.data.inputs.frames import nearest
 from dask_nn.errors import DataError
 
-__all__ = ["batch_dim_of", "is_labelled", "is_labelled_set", "rows_first"]
+__all__ = ["batch_dim_of", "coords_along", "is_labelled", "is_labelled_set", "rows_first"]
 
 
 def is_labelled(value: Any) -> bool:
-    """Tell whether something is a DataArray."""
+    """Tell whether something is a DataArray, or a Variable."""
     xarray = sys.modules.get("xarray")
     return xarray is not None and isinstance(value, xarray.DataArray | xarray.Variable)
 
@@ -38,12 +38,23 @@ def batch_dim_of(value: Any, batch_dim: str | None) -> str:
     return batch_dim
 
 
+def coords_along(value: Any, batch_dim: str) -> Any:
+    """Give the coordinates of samples, and those that have no dimension, with their indexes.
+
+    Coordinates along other dimensions are left out: what is made of the samples lacks those.
+    """
+    if not hasattr(value, "coords"):  # a Variable
+        return {}
+    coords = value.coords.to_dataset()
+    return coords.drop_dims([dim for dim in coords.dims if dim != batch_dim]).coords
+
+
 def rows_first(value: Any, batch_dim: str, name: str) -> Any:
     """Give the array inside, samples along its first axis.
 
     Parameters
     ----------
-    value : xarray.DataArray
+    value : xarray.DataArray or xarray.Variable
         Of NumPy or Dask.
     batch_dim : str
         The dimension of samples.

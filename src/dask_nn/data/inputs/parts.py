@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import pickle
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -15,6 +16,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.utils import ensure_dict
 from distributed.client import futures_of
 
+from dask_nn.data.inputs.plain import as_numpy
 from dask_nn.data.sending import gather
 from dask_nn.errors import ClusterError, DataError
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from distributed import Client
 
-__all__ = ["array_of_parts", "columns_of_parts", "compute_one", "delayed_parts"]
+__all__ = ["array_of_parts", "columns_of_parts", "delayed_parts", "head_of", "look_at"]
 
 
 def array_of_parts(
@@ -67,7 +69,6 @@ def columns_of_parts(
     first: Any,
     *,
     lengths: Sequence[int] | None = None,
-    what: str,
 ) -> list[Any]:
     """Make the columns of parts that are tuples of arrays, dictionaries of arrays, or arrays.
 
@@ -76,11 +77,9 @@ def columns_of_parts(
     parts : sequence of Delayed
         One for each block.
     first : Any
-        The value of the first part.
+        What `head_of` gives of a part.
     lengths : sequence of int, optional
         Rows of each block, where they are known.
-    what : str
-        How errors call the collection.
 
     Returns
     -------
@@ -88,68 +87,96 @@ def columns_of_parts(
         One for each member of the tuple; one alone if the parts are no tuples.
     """
     if not isinstance(first, tuple | list):
-        return [_column(parts, first, _itself, lengths, what)]
-    return [
-        _column(parts, member, _Taker((place,)), lengths, what)
-        for place, member in enumerate(first)
-    ]
+        return [_column(parts, first, _Taker(()), lengths)]
+    return [_column(parts, member, _Taker((place,)), lengths) for place, member in enumerate(first)]
 
 
-def compute_one(part: Delayed, client: Client | None, what: str) -> Any:
-    """Compute one part, to learn what it looks like.
+def look_at(
+    part: Delayed, function: Callable[..., Any], client: Client | None, *, what: str, **options: Any
+) -> Any:
+    """Apply a function to one part, where it is computed: only what it returns travels.
+
+    Parameters
+    ----------
+    part : Delayed
+        To learn from it what all look like.
+    function : callable
+        ``function(value, what=what, **options)``.
+    client : Client or None
+        Of the cluster; this process if None.
+    what : str
+        How errors call the collection.
 
     Raises
     ------
     DataError
         If it cannot be computed.
     """
+    look = partial(function, what=what, **options)
     try:
         if client is None:
-            return part.compute()
+            return dask.delayed(look, pure=False)(part).compute()
         if futures_of(part):
-            return client.compute(part).result()
+            return client.compute(dask.delayed(look, pure=False)(part)).result()
         # Inside a task of its own: the scheduler would confuse its tasks with those of the whole,
         # which is optimized in another way.
         (optimized,) = dask.optimize(part)
-        order = cloudpickle.dumps((ensure_dict(optimized.__dask_graph__()), part.key))
-        return gather(client, [client.submit(_compute, order, pure=False)])[0]
-    except ClusterError:
+        order = cloudpickle.dumps((look, ensure_dict(optimized.__dask_graph__()), part.key))
+        return gather(client, [client.submit(_look, order, pure=False)])[0]
+    except (ClusterError, DataError):
         raise
     except Exception as error:
         message = f"the first part of {what} could not be computed: {error!r}"
         raise DataError(message) from error
 
 
-def _compute(order: bytes) -> Any:
-    graph, key = pickle.loads(order)  # noqa: S301 - the client's own
-    return dask.get(graph, key)
+def _look(order: bytes) -> Any:
+    look, graph, key = pickle.loads(order)  # noqa: S301 - the client's own
+    return look(dask.get(graph, key))
+
+
+def head_of(value: Any, *, what: str) -> Any:
+    """Give what no rows of a part are: its arrays, shape (0, ...), in its tuples and dictionaries.
+
+    Raises
+    ------
+    DataError
+        If it holds anything but arrays of rows.
+    """
+    if isinstance(value, tuple | list):
+        return tuple(_head(member, what) for member in value)
+    return _head(value, what)
+
+
+def _head(value: Any, what: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _head(member, what) for key, member in value.items()}
+    try:
+        array = as_numpy(value)
+    except ValueError as error:
+        message = f"the parts of {what} must be arrays, or pairs of them: {error}"
+        raise DataError(message) from error
+    if array.ndim == 0 or array.dtype.kind == "O":
+        message = (
+            f"the parts of {what} must be arrays of rows, or pairs (X, y) of them, got "
+            f"{type(value).__name__}"
+        )
+        raise DataError(message)
+    return np.empty((0, *array.shape[1:]), array.dtype)
 
 
 def _column(
     parts: Sequence[Delayed],
     first: Any,
-    take: Callable[[Any], Any],
+    take: _Taker,
     lengths: Sequence[int] | None,
-    what: str,
 ) -> Any:
     if isinstance(first, dict):
-        place = take.path if isinstance(take, _Taker) else ()
         return {
-            key: _column(parts, value, _Taker((*place, key)), lengths, what)
+            key: _column(parts, value, _Taker((*take.path, key)), lengths)
             for key, value in first.items()
         }
-    try:
-        like = np.asarray(_plain(first))
-    except ValueError as error:
-        message = f"the parts of {what} must be arrays, or pairs of them: {error}"
-        raise DataError(message) from error
-    if like.ndim == 0 or like.dtype.kind == "O":
-        message = (
-            f"the parts of {what} must be arrays of rows, or pairs (X, y) of them, got "
-            f"{type(first).__name__}"
-        )
-        raise DataError(message)
-    return array_of_parts(parts, take, like=like, lengths=lengths)
+    return array_of_parts(parts, take, like=first, lengths=lengths)
 
 
 class _Taker:
@@ -161,18 +188,7 @@ class _Taker:
     def __call__(self, value: Any) -> Any:
         for step in self.path:
             value = operator.getitem(value, step)
-        return np.asarray(_plain(value))
-
-
-def _itself(value: Any) -> Any:
-    return np.asarray(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """Give torch tensors and frames as what NumPy reads."""
-    if hasattr(value, "detach"):
-        return value.detach().cpu().numpy()
-    return value
+        return as_numpy(value)
 
 
 def delayed_parts(value: Any) -> list[Delayed] | None:

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 import dask.array as da
 import numpy as np
 
+from dask_nn.data.inputs.bags import is_bag, parts_of_bag
 from dask_nn.data.inputs.datasets import is_dataset, parts_of_dataset
-from dask_nn.data.inputs.frames import is_frame, nearest, read_frame
+from dask_nn.data.inputs.frames import (
+    group_of_names,
+    is_dask_frame,
+    is_frame,
+    nearest,
+    read_frame,
+)
 from dask_nn.data.inputs.labelled import batch_dim_of, is_labelled, is_labelled_set, rows_first
-from dask_nn.data.inputs.parts import columns_of_parts, compute_one, delayed_parts
-from dask_nn.errors import DataError
+from dask_nn.data.inputs.parts import columns_of_parts, delayed_parts, head_of, look_at
+from dask_nn.data.inputs.plain import as_numpy
+from dask_nn.errors import ConfigurationError, DataError
 from dask_nn.grouping import group_of
 
 if TYPE_CHECKING:
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-__all__ = ["is_name", "read_inputs"]
+__all__ = ["Rows", "is_name", "read_inputs", "read_rows"]
 
 BLOCK_SIZE_BYTES = 2 << 20
 NAMES = ("X", "y", "sample_weight")
@@ -69,6 +77,7 @@ def read_inputs(
     DataError
         If something is of no kind that can be read, names do not exist, or y is missing.
     """
+    _check_features(features)
     reader = _Reader(
         features=features, batch_dim=batch_dim, client=client, block_size_bytes=block_size_bytes
     )
@@ -83,12 +92,64 @@ def read_inputs(
     return {name: found[name] for want in NAMES for name in found if group_of(name) == want}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What predictions are made from.
+
+    Parameters
+    ----------
+    arrays : dict of str to array
+        ``"X"``, or one entry for each member of a dictionary.
+    like : collection
+        X itself; of a dictionary the first member whose rows have labels, if one has.
+    indexed : str or None
+        The array whose blocks are `Indexed`, if there is one.
+    """
+
+    arrays: dict[str, Any]
+    like: Any
+    indexed: str | None
+
+
+def read_rows(X: Any, *, features: Any = None, batch_dim: str | None = None) -> Rows:
+    """Read inputs of any kind to predict from them, with what is kept of their rows.
+
+    Parameters
+    ----------
+    X, features, batch_dim
+        As for `read_inputs`.
+
+    Raises
+    ------
+    DataError
+        If X is of no kind that can be read, or names do not exist.
+    """
+    _check_features(features)
+    reader = _Reader(features=features, batch_dim=batch_dim, keep_index=True)
+    reader.read(X, None, None)
+    arrays = {name: array for name, array in reader.found.items() if group_of(name) == "X"}
+    like = reader.like if isinstance(X, dict) else X
+    return Rows(arrays=arrays, like=like, indexed=reader.indexed)
+
+
+def _check_features(features: Any) -> None:
+    if features is not None and not isinstance(features, list | tuple):
+        message = f"features must be a list of names, got {features!r}"
+        if isinstance(features, str):
+            message += f"; for a single one write features=[{features!r}]"
+        raise ConfigurationError(message)
+
+
 @dataclass
 class _Reader:
     features: Any
     batch_dim: str | None
-    client: Client | None
-    block_size_bytes: int
+    client: Client | None = None
+    block_size_bytes: int = BLOCK_SIZE_BYTES
+    keep_index: bool = False
+    like: Any = None
+    indexed: str | None = None
+    of_samples: bool = False
     found: dict[str, Any] = field(default_factory=dict)
 
     def read(self, X: Any, y: Any, weight: Any) -> None:
@@ -96,15 +157,18 @@ class _Reader:
             key: value for key, value in (("y", y), ("sample_weight", weight)) if is_name(value)
         }
         if is_frame(X) and getattr(X, "ndim", 1) == 2:
-            self.found |= read_frame(
+            self._read_frame(
+                "X",
                 X,
-                name="X",
                 target=names.get("y"),
                 weight=names.get("sample_weight"),
                 features=self.features,
             )
         elif is_labelled_set(X) or isinstance(X, dict):
             self._read_mapping(X, names)
+        elif names and self.features is None and hasattr(X, "coords"):
+            self._read_one("X", X)
+            self._read_named(names, {str(key): value for key, value in X.coords.items()})
         else:
             if names:
                 (key, wanted), *_ = names.items()
@@ -129,28 +193,33 @@ class _Reader:
             raise DataError(message)
         if is_labelled_set(X):
             self.batch_dim = batch_dim_of(X, self.batch_dim)
-        taken = {}
-        for key, wanted in names.items():
-            group = [wanted] if isinstance(wanted, str) else list(wanted)
-            self._check_exist(group, members, key)
-            taken[key] = group
-        own = list(self.features) if self.features is not None else None
-        if own is None:
-            others = {member for group in taken.values() for member in group}
-            own = [member for member in members if member not in others]
+        # Coordinates are inputs only where they are named.
+        known = members | {str(key): value for key, value in getattr(X, "coords", {}).items()}
+        taken = {str(member) for wanted in names.values() for member in group_of_names(wanted)}
+        if self.features is None:
+            own = [member for member in members if member not in taken]
         else:
-            self._check_exist(own, members, "features")
+            own = [str(member) for member in self.features]
+            self._check_exist(own, known, "features")
+        for key, wanted in names.items():
+            self._check_exist(group_of_names(wanted), known, key)
         for member in own:
-            self._read_one(f"X.{member}", members[member])
-        for key, group in taken.items():
-            single = isinstance(names[key], str)
-            for member in group:
-                self._read_one(key if single else f"{key}.{member}", members[member])
+            self._read_one(f"X.{member}", known[member])
+        self._read_named(names, known)
+
+    def _read_named(self, names: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        """Read the members that are targets and weights."""
+        for key, wanted in names.items():
+            group = group_of_names(wanted)
+            self._check_exist(group, known, key)
+            for member in map(str, group):
+                single = not isinstance(wanted, list | tuple)
+                self._read_one(key if single else f"{key}.{member}", known[member])
 
     @staticmethod
     def _check_exist(wanted: list[Any], members: Mapping[str, Any], what: str) -> None:
         for name in wanted:
-            if name not in members:
+            if str(name) not in members:
                 message = f"{what}: {nearest(name, list(members), kind='entry')}"
                 raise DataError(message)
 
@@ -161,9 +230,10 @@ class _Reader:
                 self._read_one(f"{name}.{key}", member)
         elif is_labelled(value):
             self.batch_dim = batch_dim_of(value, self.batch_dim)
+            self.like = value if self.like is None else self.like
             self.found[name] = rows_first(value, self.batch_dim, name)
         elif is_frame(value):
-            self.found |= read_frame(value, name=name)
+            self._read_frame(name, value)
         elif is_dataset(value):
             tensors = getattr(value, "tensors", None)  # of a TensorDataset: arrays already
             if tensors is not None:
@@ -172,15 +242,28 @@ class _Reader:
                 parts, first, lengths = parts_of_dataset(
                     value, block_size_bytes=self.block_size_bytes
                 )
-                what = type(value).__name__
-                columns = columns_of_parts(parts, first, lengths=lengths, what=what)
+                columns = columns_of_parts(parts, first, lengths=lengths)
                 self._spread(name, columns, alone=alone)
-        elif (pieces := _parts(value)) is not None:
+        elif is_bag(value):
+            pieces, layout = parts_of_bag(
+                value, name=name, beside_samples=self.of_samples, client=self.client
+            )
+            self.of_samples = layout.samples
+            self._spread(name, columns_of_parts(pieces, layout.value), alone=alone)
+        elif (pieces := delayed_parts(value)) is not None:
             what = f"the list of Delayed for {name}" if isinstance(value, list) else name
-            first = compute_one(pieces[0], self.client, what)
-            self._spread(name, columns_of_parts(pieces, first, what=what), alone=alone)
+            first = look_at(pieces[0], head_of, self.client, what=what)
+            self._spread(name, columns_of_parts(pieces, first), alone=alone)
         else:
             self.found[name] = _array(name, value)
+
+    def _read_frame(self, name: str, frame: Any, **columns: Any) -> None:
+        """Read a table; one of Dask that comes first keeps its index with its rows, if wanted."""
+        indexed = self.keep_index and self.like is None and is_dask_frame(frame)
+        self.found |= read_frame(frame, name=name, indexed=indexed, **columns)
+        self.like = frame if self.like is None else self.like
+        if indexed:
+            self.indexed = name
 
     def _spread(self, name: str, columns: list[Any], *, alone: bool) -> None:
         """Take X, y and weights out of a collection of tuples."""
@@ -201,44 +284,9 @@ class _Reader:
             self._read_one(key, column)
 
 
-def _parts(value: Any) -> list[Any] | None:
-    found = _bag_parts(value)
-    return delayed_parts(value) if found is None else found
-
-
-def _bag_parts(value: Any) -> list[Any] | None:
-    import sys
-
-    module = sys.modules.get("dask.bag")
-    if module is None or not isinstance(value, module.Bag):
-        return None
-    from dask.delayed import delayed
-
-    join = delayed(join_elements, pure=False)
-    return [join(part) for part in value.to_delayed(optimize_graph=False)]
-
-
-def join_elements(elements: Any) -> Any:
-    """Join the elements of a partition of a Bag.
-
-    Pairs (x, y) whose y is a single number are samples and are stacked; anything else is rows
-    and is laid end to end.
-    """
-    items = list(elements)
-    if not items:
-        message = "a partition of the Bag is empty; repartition it"
-        raise DataError(message)
-    if not isinstance(items[0], tuple | list):
-        return np.concatenate([np.asarray(item) for item in items])
-    columns = list(zip(*items, strict=True))
-    are_samples = len(columns) > 1 and np.ndim(columns[1][0]) == 0
-    join = np.stack if are_samples else np.concatenate
-    return tuple(join([np.asarray(member) for member in column]) for column in columns)
-
-
 def is_name(value: Any) -> bool:
     """Tell whether something names columns instead of being one."""
-    return isinstance(value, str) or (
+    return isinstance(value, str | int | np.integer) or (
         isinstance(value, list | tuple)
         and bool(value)
         and all(isinstance(item, str) for item in value)
@@ -248,11 +296,8 @@ def is_name(value: Any) -> bool:
 def _array(name: str, value: Any) -> Any:
     if isinstance(value, da.Array):
         return value
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor
-        value = value.detach().cpu().numpy()
     try:
-        array = np.asarray(value)
+        return as_numpy(value)
     except ValueError as error:
         message = f"{name} cannot be read as an array: {error}"
         raise DataError(message) from error
-    return array

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
+from itertools import accumulate, pairwise
 from typing import Any
 
 import dask.array as da
 import numpy as np
 
+from dask_nn.data.inputs.bags import is_bag
 from dask_nn.data.inputs.frames import is_dask_frame, is_frame
-from dask_nn.data.inputs.labelled import batch_dim_of, is_labelled, is_labelled_set
+from dask_nn.data.inputs.labelled import batch_dim_of, coords_along, is_labelled, is_labelled_set
 from dask_nn.data.inputs.parts import delayed_parts
 
-__all__ = ["like_input"]
+__all__ = ["frame_of", "like_input"]
 
 
 def like_input(predictions: Any, X: Any, *, name: str, batch_dim: str | None) -> Any:
@@ -22,7 +23,7 @@ def like_input(predictions: Any, X: Any, *, name: str, batch_dim: str | None) ->
     Parameters
     ----------
     predictions : dask.array.Array or numpy.ndarray
-        Shape (num_rows, ...).
+        Shape (num_rows, ...). Where X is a table of Dask, the blocks are made by `frame_of`.
     X : collection
         What they were made from.
     name : str
@@ -31,29 +32,36 @@ def like_input(predictions: Any, X: Any, *, name: str, batch_dim: str | None) ->
         The dimension of samples of an xarray object.
     """
     if is_frame(X):
-        return (
-            _dask_frame(predictions, X, name)
-            if is_dask_frame(X)
-            else _frame(predictions, X.index, name)
-        )
+        if is_dask_frame(X):
+            return _dask_frame(predictions, X, name)
+        if isinstance(predictions, da.Array):  # made together with other arrays, of Dask
+            return _cut_frame(predictions, X.index, name)
+        return frame_of(predictions, X.index, name)
     if is_labelled(X) or is_labelled_set(X):
         return _labelled(predictions, X, name, batch_dim_of(X, batch_dim))
     if isinstance(predictions, da.Array):
-        bag = sys.modules.get("dask.bag")
-        if bag is not None and isinstance(X, bag.Bag):
-            return bag.from_delayed(_blocks(predictions))
+        if is_bag(X):
+            from dask.bag import from_delayed
+
+            return from_delayed(_blocks(predictions))
         if delayed_parts(X) is not None:
             blocks = _blocks(predictions)
             return blocks if isinstance(X, list | tuple) else blocks[0]
     return predictions
 
 
-def _blocks(predictions: da.Array) -> list[Any]:
-    """Give the blocks of predictions, which are cut along the first axis alone."""
-    return list(predictions.to_delayed().ravel())
+def frame_of(values: np.ndarray[Any, Any], index: Any, name: str) -> Any:
+    """Make a Series of predictions, or a DataFrame where a row has more than one number.
 
-
-def _frame(values: np.ndarray[Any, Any], index: Any, name: str) -> Any:
+    Parameters
+    ----------
+    values : ndarray
+        Shape (num_rows, ...).
+    index : pandas.Index
+        Of the rows.
+    name : str
+        Of the Series; begins the names of the columns.
+    """
     import pandas as pd
 
     if values.ndim == 1:
@@ -63,21 +71,45 @@ def _frame(values: np.ndarray[Any, Any], index: Any, name: str) -> Any:
     return pd.DataFrame(flat, index=index, columns=columns)
 
 
+def _blocks(predictions: da.Array) -> list[Any]:
+    """Give the blocks of predictions, which are cut along the first axis alone.
+
+    Not optimized: each of several predictions would compute what they have in common.
+    """
+    return list(predictions.to_delayed(optimize_graph=False).ravel())
+
+
 def _dask_frame(predictions: da.Array, X: Any, name: str) -> Any:
+    import dask.dataframe as dd
+
+    meta = frame_of(_no_rows(predictions), X._meta.index, name)  # noqa: SLF001
+    parts = _blocks(predictions)
+    # Dask may join partitions where it reads some of the columns.
+    divisions = X.divisions if len(parts) == X.npartitions else (None,) * (len(parts) + 1)
+    return dd.from_delayed(parts, meta=meta, divisions=divisions, verify_meta=False)
+
+
+def _cut_frame(predictions: da.Array, index: Any, name: str) -> Any:
     import dask.dataframe as dd
     from dask.delayed import delayed
 
-    meta = _frame(np.empty((0, *predictions.shape[1:]), predictions.dtype), X._meta.index, name)  # noqa: SLF001
-    join = delayed(_frame, pure=True)
-    indexes = X.index.to_delayed()
-    blocks = _blocks(predictions)
-    parts = [join(block, index, name) for block, index in zip(blocks, indexes, strict=True)]
-    return dd.from_delayed(parts, meta=meta, divisions=X.divisions, verify_meta=False)
+    join = delayed(frame_of, pure=True)
+    bounds = pairwise(accumulate(predictions.chunks[0], initial=0))
+    parts = [
+        join(block, index[start:stop], name)
+        for block, (start, stop) in zip(_blocks(predictions), bounds, strict=True)
+    ]
+    meta = frame_of(_no_rows(predictions), index[:0], name)
+    return dd.from_delayed(parts, meta=meta, verify_meta=False)
+
+
+def _no_rows(predictions: da.Array) -> np.ndarray[Any, Any]:
+    return np.empty((0, *predictions.shape[1:]), predictions.dtype)
 
 
 def _labelled(predictions: Any, X: Any, name: str, batch_dim: str) -> Any:
     import xarray as xr
 
     extra = [f"{name}_{axis}" for axis in range(1, predictions.ndim)]
-    coords = {key: value for key, value in X.coords.items() if value.dims == (batch_dim,)}
+    coords = coords_along(X, batch_dim)
     return xr.DataArray(predictions, dims=[batch_dim, *extra], coords=coords, name=name)
