@@ -247,7 +247,7 @@ def _on_cluster(
     batch_size: int,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, float]:
-    arrays = guarded(aligned(cut_to_fit(inputs)), pauses_s=RETRY_PAUSES_S)
+    arrays = aligned(cut_to_fit(inputs))
     payload, sent = sendable(model)
     objects = [payload, dumps(transform, "transform")]
     if objective is not None:
@@ -266,7 +266,7 @@ def _on_cluster(
             for name, array in zip(inputs, arrays, strict=True)
         },
     )
-    parts = list(blocks.to_delayed().ravel())
+    parts = list(guarded(blocks, pauses_s=RETRY_PAUSES_S).to_delayed().ravel())
     merge_parts = delayed(merge_named, pure=True)
     while len(parts) > 1:
         groups = range(0, len(parts), SPLIT_EVERY)

@@ -184,7 +184,7 @@ def _predict_arrays(
         parts = _parts(returned, output)
         found = _predict_rows(X, [model, transform], batch_size=batch_size, parts=parts)
         return _shaped(found, returned)
-    blocks = guarded(aligned(cut_to_fit(inputs), reference=indexed), pauses_s=RETRY_PAUSES_S)
+    blocks = aligned(cut_to_fit(inputs), reference=indexed)
     payload, sent = sendable(model)
     objects = shipped(payload, dumps(transform, "transform"))
     returned = probe(sent, grouping.inputs(blocks), transform=transform)
@@ -200,11 +200,13 @@ def _predict_arrays(
     }
     if list(parts) == [None]:
         like = parts[None].like
-        return per_block(
+        lazy = per_block(
             partial(_only_part, function), *blocks, row_shape=like.shape[1:], meta=like, **options
         )
+        return guarded(lazy, pauses_s=RETRY_PAUSES_S)
     together = per_block(function, *blocks, row_shape=(), meta=np.empty(0, dtype=object), **options)
-    lazy = {
+    together = guarded(together, pauses_s=RETRY_PAUSES_S)
+    members = {
         key: per_block(
             partial(_one_part, key),
             together,
@@ -214,7 +216,7 @@ def _predict_arrays(
         )
         for key, part in parts.items()
     }
-    return _shaped(lazy, returned)
+    return _shaped(members, returned)
 
 
 def _parts(returned: Any, output: Output | Mapping[str, Output]) -> _Parts:

@@ -4,74 +4,60 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import dask.array as da
 from dask._task_spec import Alias, GraphNode, Task, convert_legacy_graph
-from dask.base import tokenize
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.utils import ensure_dict
 from distributed import Future, Reschedule, get_worker
 
-from dask_nn.errors import DaskNNError, DataError, ModelError
+from dask_nn.errors import DaskNNError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     type Key = Any
 
-__all__ = ["guarded", "in_block"]
+__all__ = ["guarded"]
 
 _SEVERAL: Final = -1
 
 
-def guarded(arrays: Sequence[da.Array], *, pauses_s: Sequence[float]) -> list[da.Array]:
-    """Give arrays whose blocks are computed as before, but fail with a name.
+def guarded(array: da.Array, *, pauses_s: Sequence[float]) -> da.Array:
+    """Give an array whose blocks are computed as before, but fail with a name.
 
     Every task on the way to a block is tried again where a file system or store fails for a
     moment; what it raises in the end says which block could not be computed, and on which worker.
 
     Parameters
     ----------
-    arrays : sequence of Array
-        The same number of row chunks, one chunk along the other axes.
+    array : Array
+        With one chunk along all axes but the first.
     pauses_s : sequence of float
         Between attempts.
 
     Returns
     -------
-    list of Array
-        Their graph is optimized already; equal arrays give equal keys.
+    Array
+        Of the same keys. Its graph is optimized already, and a block is read and worked on by one
+        task: Dask makes two of it because the second also needs what all blocks share.
     """
-    keys_of = [list(flatten(array.__dask_keys__())) for array in arrays]
-    merged = HighLevelGraph.merge(*(array.dask for array in arrays))
-    optimized = da.Array.__dask_optimize__(merged, [key for keys in keys_of for key in keys])
+    keys = list(flatten(array.__dask_keys__()))
+    optimized = da.Array.__dask_optimize__(array.dask, keys)
     graph: dict[Key, GraphNode] = convert_legacy_graph(ensure_dict(optimized))
-    owners = _owners(graph, list(zip(*keys_of, strict=True)))
+    owners = _owners(graph, keys)
+    _fuse(graph, keys, owners)
     pauses = tuple(pauses_s)
-    inner: dict[Key, Any] = {
-        key: _guard(node, graph, owners.get(key, _SEVERAL), pauses) for key, node in graph.items()
+    layer: dict[Key, Any] = {
+        key: _guard(node, owners.get(key, _SEVERAL), pauses) for key, node in graph.items()
     }
-    inner |= _futures(merged)
-    token = tokenize(*(array.name for array in arrays))
-    below = f"dask-nn-guarded-{token}"
-    found = []
-    for place, (array, keys) in enumerate(zip(arrays, keys_of, strict=True)):
-        name = f"dask-nn-block-{token}-{place}"
-        layer = {(name, *key[1:]): Alias((name, *key[1:]), target=key) for key in keys}
-        layers = HighLevelGraph({below: inner, name: layer}, {below: set(), name: {below}})
-        found.append(da.Array(layers, name, array.chunks, dtype=array.dtype, meta=array._meta))  # noqa: SLF001
-    return found
-
-
-def in_block(number: int, error: Exception) -> Exception:
-    """Make of what was raised while a block was worked on an error that names it."""
-    if isinstance(error, DaskNNError):
-        where = _where()
-        return type(error)(f"block {number}{where}: {error}")
-    return ModelError(_told(f"block {number} could not be processed", error))
+    layer |= _futures(array.dask)
+    whole = HighLevelGraph({array.name: layer}, {array.name: set()})
+    return da.Array(whole, array.name, array.chunks, dtype=array.dtype, meta=array._meta)  # noqa: SLF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +83,6 @@ class _Guarded:
 
     def __call__(self, *values: Any) -> Any:
         found = dict(zip(self.needs, values, strict=True))
-        what = "what several blocks need" if self.block == _SEVERAL else f"block {self.block}"
         for pause_s in (*self.pauses_s, None):
             try:
                 return self.node(found)
@@ -105,24 +90,35 @@ class _Guarded:
                 raise
             except OSError as error:  # a file system or a store that fails for a moment
                 if pause_s is None:
-                    times = f" after {len(self.pauses_s) + 1} attempts"
-                    text = _told(f"{what} could not be computed", error, times)
-                    raise DataError(text) from error
+                    attempts = len(self.pauses_s) + 1
+                    raise self._named(error, f" after {attempts} attempts") from error
                 time.sleep(pause_s)
-            except DaskNNError as error:
-                message = f"{what} could not be computed{_where()}: {error}"
-                raise DataError(message) from error
             except Exception as error:
-                raise DataError(_told(f"{what} could not be computed", error)) from error
-        raise AssertionError(what)  # pragma: no cover
+                raise self._named(error) from error
+        raise AssertionError(self.block)  # pragma: no cover
+
+    def _named(self, error: Exception, often: str = "") -> DaskNNError:
+        """Make an error that says what could not be computed, and where."""
+        what = "what several blocks need" if self.block == _SEVERAL else f"block {self.block}"
+        address = _address()
+        where = f" on worker {address}" if address else ""
+        text = f"{what} could not be computed{where}{often}: "
+        cause: BaseException | None = error
+        kind: type[DaskNNError] = DataError
+        if isinstance(error, DaskNNError):
+            text += str(error)
+            kind, cause = type(error), error.__cause__
+        else:
+            text += f"{type(error).__name__}: {error}"
+        if cause is not None and address:  # causes do not travel
+            text += f"\n{''.join(traceback.format_exception(cause))}"
+        return kind(text)
 
 
-def _guard(
-    node: GraphNode, graph: Mapping[Key, GraphNode], owner: int, pauses_s: tuple[float, ...]
-) -> GraphNode:
-    # Tasks of a shuffle have types of their own; futures must stay where Dask sees them.
-    if type(node) is not Task or not node.dependencies <= graph.keys():
+def _guard(node: GraphNode, owner: int, pauses_s: tuple[float, ...]) -> GraphNode:
+    if not _can_move(node):
         return node
+    assert isinstance(node, Task)  # noqa: S101 - for the type checker
     needs = tuple(node.dependencies)
     return Task(
         node.key,
@@ -132,11 +128,11 @@ def _guard(
     )
 
 
-def _owners(graph: Mapping[Key, GraphNode], outputs: Sequence[tuple[Key, ...]]) -> dict[Key, int]:
+def _owners(graph: Mapping[Key, GraphNode], outputs: Sequence[Key]) -> dict[Key, int]:
     """Find for each key the only block that needs it, or that several do."""
     owners: dict[Key, int] = {}
-    for number, keys in enumerate(outputs):
-        waiting = list(keys)
+    for number, output in enumerate(outputs):
+        waiting = [output]
         while waiting:
             key = waiting.pop()
             before = owners.get(key)
@@ -145,6 +141,29 @@ def _owners(graph: Mapping[Key, GraphNode], outputs: Sequence[tuple[Key, ...]]) 
             owners[key] = number if before is None else _SEVERAL
             waiting += graph[key].dependencies
     return owners
+
+
+def _fuse(graph: dict[Key, GraphNode], outputs: Sequence[Key], owners: Mapping[Key, int]) -> None:
+    """Join every output with the task before it, and so on, while there is one for it alone."""
+    dependents = Counter(need for node in graph.values() for need in node.dependencies)
+    for number, output in enumerate(outputs):
+        while True:
+            node = graph[output]
+            own = [need for need in node.dependencies if owners.get(need) == number]
+            if len(own) != 1 or dependents[own[0]] != 1 or not _can_move(graph[own[0]], node):
+                break
+            graph[output] = Task.fuse(graph.pop(own[0]), node, key=output)
+
+
+def _can_move(*nodes: GraphNode) -> bool:
+    """Tell whether tasks can be part of others: no tasks of a shuffle, no futures, no data."""
+    return all(
+        type(node) is Task
+        and not any(
+            isinstance(argument, Future) for argument in (*node.args, *node.kwargs.values())
+        )
+        for node in nodes
+    )
 
 
 def _futures(graph: HighLevelGraph) -> dict[Key, Future[Any]]:
@@ -158,16 +177,8 @@ def _futures(graph: HighLevelGraph) -> dict[Key, Future[Any]]:
     }
 
 
-def _where() -> str:
+def _address() -> str:
     try:
-        return f" on worker {get_worker().address}"
+        return str(get_worker().address)
     except ValueError:  # no task of a cluster
         return ""
-
-
-def _told(text: str, error: Exception, times: str = "") -> str:
-    where = _where()
-    line = f"{text}{where}{times}: {type(error).__name__}: {error}"
-    if not where:  # the cause stands beside it
-        return line
-    return f"{line}\n{''.join(traceback.format_exception(error))}"

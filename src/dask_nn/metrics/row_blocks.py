@@ -13,8 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.layers import ArrayBlockwiseDep
 
-from dask_nn.errors import DataError
-from dask_nn.metrics.guards import in_block
+from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -247,7 +246,7 @@ def per_block(
     result: da.Array = da.blockwise(
         partial(_on_blocks, function, None if fields is None else tuple(fields.items())),
         (0, *new_axes),
-        _Numbered((lengths,)),
+        _Lengths((lengths,)),
         (0,),
         *arguments,
         objects,
@@ -262,29 +261,30 @@ def per_block(
     return result
 
 
-class _Numbered(ArrayBlockwiseDep):
-    """The number and the expected rows of each block."""
+class _Lengths(ArrayBlockwiseDep):
+    """The rows that each block should have."""
 
-    def __getitem__(self, idx: tuple[int, ...]) -> tuple[int, float]:
+    def __getitem__(self, idx: tuple[int, ...]) -> float:
         (number,) = idx
-        return number, self.chunks[0][number]
+        return self.chunks[0][number]
 
 
 def _on_blocks(
     function: Callable[..., Any],
     fields: tuple[tuple[str, tuple[int, ...]], ...] | None,
-    place: tuple[int, float],
+    length: float,
     *blocks_and_objects: Any,
 ) -> Any:
-    number, length = place
+    *nested, objects = blocks_and_objects
+    blocks = [_only(block) for block in nested]
+    if fields is not None:
+        _check_blocks(fields, blocks, length)
     try:
-        *nested, objects = blocks_and_objects
-        blocks = [_only(block) for block in nested]
-        if fields is not None:
-            _check_blocks(fields, blocks, length)
         return function(*blocks, objects)
-    except Exception as error:
-        raise in_block(number, error) from error
+    except DaskNNError:
+        raise
+    except Exception as error:  # the user's module or loss; not to be taken for a store's error
+        raise ModelError(f"{type(error).__name__}: {error}") from error
 
 
 def _check_blocks(

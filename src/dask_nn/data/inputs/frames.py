@@ -58,7 +58,7 @@ class Indexed(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the rows."""
-        return self.rows.shape
+        return tuple(self.rows.shape)
 
 
 def read_frame(

@@ -245,11 +245,11 @@ class _Reader:
                 columns = columns_of_parts(parts, first, lengths=lengths)
                 self._spread(name, columns, alone=alone)
         elif is_bag(value):
-            pieces, layout = parts_of_bag(
+            parts, layout = parts_of_bag(
                 value, name=name, beside_samples=self.of_samples, client=self.client
             )
             self.of_samples = layout.samples
-            self._spread(name, columns_of_parts(pieces, layout.value), alone=alone)
+            self._spread(name, columns_of_parts(parts, layout.value), alone=alone)
         elif (pieces := delayed_parts(value)) is not None:
             what = f"the list of Delayed for {name}" if isinstance(value, list) else name
             first = look_at(pieces[0], head_of, self.client, what=what)

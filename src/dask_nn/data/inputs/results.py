@@ -31,12 +31,10 @@ def like_input(predictions: Any, X: Any, *, name: str, batch_dim: str | None) ->
     batch_dim : str, optional
         The dimension of samples of an xarray object.
     """
+    if is_dask_frame(X):
+        return _dask_frame(predictions, X, name)
     if is_frame(X):
-        if is_dask_frame(X):
-            return _dask_frame(predictions, X, name)
-        if isinstance(predictions, da.Array):  # made together with other arrays, of Dask
-            return _cut_frame(predictions, X.index, name)
-        return frame_of(predictions, X.index, name)
+        return _pandas_frame(predictions, X.index, name)
     if is_labelled(X) or is_labelled_set(X):
         return _labelled(predictions, X, name, batch_dim_of(X, batch_dim))
     if isinstance(predictions, da.Array):
@@ -89,7 +87,10 @@ def _dask_frame(predictions: da.Array, X: Any, name: str) -> Any:
     return dd.from_delayed(parts, meta=meta, divisions=divisions, verify_meta=False)
 
 
-def _cut_frame(predictions: da.Array, index: Any, name: str) -> Any:
+def _pandas_frame(predictions: Any, index: Any, name: str) -> Any:
+    if not isinstance(predictions, da.Array):
+        return frame_of(predictions, index, name)
+    # Made together with other arrays, of Dask.
     import dask.dataframe as dd
     from dask.delayed import delayed
 

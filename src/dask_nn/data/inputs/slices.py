@@ -51,8 +51,8 @@ def cut_to_fit(arrays: dict[str, Any]) -> dict[str, Any]:
     limit_bytes, threads = found
     if largest * row_bytes <= limit_bytes or any(futures_of(array) for array in lazy.values()):
         return arrays
-    # Every thread of a worker has a block of its own.
-    rows = max(1, limit_bytes // threads // max(1, row_bytes))
+    # Every thread of a worker has one, and its allocator may still keep the one before.
+    rows = max(1, limit_bytes // (2 * threads * max(1, row_bytes)))
     if (smaller := split_source(reference, rows)) is None:
         message = (
             f"block {reference.chunks[0].index(largest)} of {name} has "
@@ -85,21 +85,11 @@ def _room() -> tuple[int, int] | None:
     except ValueError:
         return None
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    # By the limit alone, not by what a process uses now: the same call cuts the same blocks.
     rooms = [
-        Room(
-            held_bytes=0,
-            worker_bytes=int(worker["memory_limit"] * PROCESS_SHARE) - _unmanaged(worker),
-        ).block_bytes
+        Room(held_bytes=0, worker_bytes=int(worker["memory_limit"] * PROCESS_SHARE)).block_bytes
         for worker in workers
         if worker["memory_limit"]
     ]
     known = [room for room in rooms if room is not None]
-    if not known:
-        return None
-    return max(1, min(known)), max(worker["nthreads"] for worker in workers)
-
-
-def _unmanaged(worker: Mapping[str, Any]) -> int:
-    """Give the memory of a worker's process beside what Dask holds, which it may spill."""
-    metrics = worker["metrics"]
-    return max(0, int(metrics["memory"] - metrics.get("managed_bytes", 0)))
+    return (min(known), max(worker["nthreads"] for worker in workers)) if known else None
