@@ -248,8 +248,10 @@ def test_ctrl_c_in_predict_leaves_nothing_behind(folder, tmp_path):
         "import time\nfrom pathlib import Path\nfrom torch import nn\n"
         "class Slow(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.layer = nn.Linear(20, 4)\n    def forward(self, x):\n"
-        f"        Path({str(tmp_path / 'begun')!r}).touch()\n"
-        "        time.sleep(0.2 if len(x) > 2 else 0)\n        return self.layer(x)\n"
+        "        if len(x) > 2:\n"
+        f"            Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "            time.sleep(0.2)\n"
+        "        return self.layer(x)\n"
     )
     torch.manual_seed(0)
     layer = nn.Linear(20, 4)
@@ -267,7 +269,7 @@ def test_ctrl_c_in_predict_leaves_nothing_behind(folder, tmp_path):
     command = [sys.executable, "-m", "dask_nn.cli.main", *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "found").exists():
+        while not (tmp_path / "begun").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)

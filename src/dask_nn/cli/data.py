@@ -14,10 +14,19 @@ from dask_nn.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["check_target", "is_url", "select", "select_features", "write"]
+__all__ = [
+    "check_target",
+    "discard",
+    "is_url",
+    "rows_of_known_length",
+    "select",
+    "select_features",
+    "write",
+]
 
-# What was begun is removed within this time, as long as tasks go on to write to it.
+# What was begun is removed within this time, however often tasks go on to write to it.
 REMOVE_S, PAUSE_S = 5.0, 0.1
+ABSENT_TIMES = 3
 WRITABLE = ("zarr", "parquet", "npy")
 
 
@@ -179,22 +188,25 @@ def write(predictions: Any, kind: str, place: str) -> None:
         raise
     except BaseException as error:
         if kind != "npy":
-            _remove(place)  # nothing was there before: `check_target` made sure of it
+            discard(place)  # nothing was there before: `check_target` made sure of it
         if not isinstance(error, Exception):
             raise  # Ctrl-C
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DataError(f"{place}: cannot be written: {reason}") from error
 
 
-def _remove(place: str) -> None:
-    """Remove what was written; tasks that are still at it may write some more."""
+def discard(place: str) -> None:
+    """Remove what was written; tasks that are still at it may write some more meanwhile."""
     deadline = time.monotonic() + REMOVE_S
-    while time.monotonic() < deadline:
+    absent = 0
+    while absent < ABSENT_TIMES and time.monotonic() < deadline:
         with contextlib.suppress(Exception):
             system, path = url_to_fs(place)
-            if not system.exists(path):
-                return
-            system.rm(path, recursive=True)
+            if system.exists(path):
+                absent = 0
+                system.rm(path, recursive=True)
+            else:
+                absent += 1
         time.sleep(PAUSE_S)
 
 
@@ -213,12 +225,24 @@ def _write_zarr(predictions: Any, place: str) -> None:
     )
 
 
+def rows_of_known_length(X: Any) -> Any:
+    """Give a Dask table as an array whose blocks have known lengths; anything else as it is.
+
+    Zarr has to know where each block goes. The table is read once more for it, which takes less
+    than to run the model twice.
+    """
+    from dask_nn.data.inputs.frames import is_dask_frame
+    from dask_nn.data.inputs.read import read_inputs
+
+    if not is_dask_frame(X):
+        return X
+    return read_inputs(X, needs_target=False)["X"].compute_chunk_sizes()
+
+
 def _as_zarr_array(predictions: Any) -> Any:
     """Give an array whose chunks are of one length, as those of Zarr are."""
     import dask.array as da
 
-    if hasattr(predictions, "to_dask_array"):
-        predictions = predictions.to_dask_array(lengths=True)
     if not isinstance(predictions, da.Array):
         predictions = da.from_array(predictions)
     chunks = predictions.chunks[0]

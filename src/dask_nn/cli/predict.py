@@ -71,18 +71,25 @@ def predict(
         raise click.UsageError("--proba and --raw write different things: give either")
     with ending_at_once():
         from dask_nn.api import predict as predict_rows
-        from dask_nn.cli.data import check_target, write
+        from dask_nn.cli.data import check_target, discard, rows_of_known_length, write
 
     read_of = None if job is None else read_job(job)
     chosen = choose_cluster(**cluster) or cluster_of_job(read_of)
     kind, place = check_target(target)
     output: Any = "proba" if proba else "raw" if raw else "label"
-    with chosen.open(PRELOAD) if chosen else nullcontext():
-        model, data, transform = (
-            _of_job(read_of, weights, source) if read_of else _of_mnist(weights, source)
-        )
-        found = predict_rows(model, data, output=output, transform=transform)
-        write(found, kind, place)
+    try:
+        with chosen.open(PRELOAD) if chosen else nullcontext():
+            model, data, transform = (
+                _of_job(read_of, weights, source) if read_of else _of_mnist(weights, source)
+            )
+            if kind == "zarr":
+                data = rows_of_known_length(data)
+            found = predict_rows(model, data, output=output, transform=transform)
+            write(found, kind, place)
+    except KeyboardInterrupt:
+        if kind != "npy":
+            discard(place)  # workers that were still at it are gone now
+        raise
     rows = "" if _unknown(data) else f"{len(data):,} "
     what = "rows" if job else "images"
     click.echo(f"read {rows}{what}, wrote {place}")
