@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
@@ -29,6 +30,10 @@ def content(epoch=1, steps=10, size=4, **given):
 def write(manager, given):
     manager.save(given)
     return manager.wait(WAIT_S)
+
+
+def steps_of(name):
+    return int(name.rsplit("-", 1)[1])
 
 
 class Told(list):
@@ -256,17 +261,138 @@ def test_a_kind_of_storage_that_is_not_known(make):
 
 def test_what_an_interrupted_write_left_is_removed_once_something_newer_is_whole(make, tmp_path):
     run = tmp_path / "run"
-    for name in ("epoch-0001-step-000000010", ".epoch-0001-step-000000010.0a1b2c3d"):
+    gone = (
+        "epoch-0001-step-000000010",
+        ".epoch-0001-step-000000010.own-0.0a1b2c3d",
+        ".epoch-0001-step-000000010.other-0.0a1b2c3d",
+        ".removed.0a1b2c3d",
+    )
+    # Somebody may be at work on these.
+    stay = (
+        ".epoch-0001-step-000000010.new-0.0a1b2c3d",
+        ".epoch-0001-step-000000010.own-2.0a1b2c3d",
+        ".epoch-0009-step-000000090.own-1.0a1b2c3d",
+        "notes",
+    )
+    for name in (*gone, *stay):
         (run / name).mkdir(parents=True)
         (run / name / "model.safetensors").write_bytes(b"half")
-    (run / ".epoch-0009-step-000000090.0a1b2c3d").mkdir()  # somebody may be at work on it
-    (run / "notes").mkdir()
-    write(make(), content(2, 20))
-    assert sorted(path.name for path in run.iterdir()) == [
-        ".epoch-0009-step-000000090.0a1b2c3d",
-        "epoch-0002-step-000000020",
-        "notes",
-    ]
+    hours_ago = time.time() - 2 * 3600
+    os.utime(run / ".epoch-0001-step-000000010.other-0.0a1b2c3d", (hours_ago, hours_ago))
+    write(make(), content(2, 20, run_id="own", generation=1))
+    found = {path.name for path in run.iterdir()}
+    assert found == {*stay, "epoch-0002-step-000000020"}
+
+
+@pytest.mark.parametrize("url", [None, "memory://dask-nn-test/late"])
+def test_what_somebody_is_writing_is_never_removed_and_never_becomes_half_a_checkpoint(
+    make, hook, told, tmp_path, url
+):
+    """A writer is at work on an older step while another finishes a newer one, and clears up."""
+    entered, go_on, first = threading.Event(), threading.Event(), []
+
+    def wait(point, place):
+        if not first:
+            first.append(threading.current_thread())
+        if threading.current_thread() is first[0] and not go_on.is_set():
+            entered.set()
+            go_on.wait(WAIT_S)
+
+    hook(wait)
+    url = url or tmp_path / "run"
+    late, quick = make(url), make(url)
+    late.save(content(1, 10, run_id="one"))
+    assert entered.wait(WAIT_S)
+    write(quick, content(2, 20, run_id="other"))
+    go_on.set()
+    assert late.wait(WAIT_S)
+    assert told.names == ["checkpoint", "checkpoint"]
+    assert [steps_of(name) for name in quick.names()] == [10, 20]
+    for name in quick.names():
+        assert quick._catalog.load(name)
+
+
+@pytest.mark.parametrize("url", [None, "memory://dask-nn-test/robbed"])
+def test_a_checkpoint_whose_files_vanish_while_it_is_written_is_none(
+    make, hook, told, tmp_path, url
+):
+    url = url or tmp_path / "run"
+    manager = make(url)
+    write(manager, content(1, 10))
+
+    def rob(point, place):
+        for folder in manager._storage.folders():
+            if "000000020" in folder:
+                manager._storage.remove(folder)
+
+    hook(rob)
+    write(manager, content(2, 20))
+    assert told.names == ["checkpoint", "checkpoint-failed"]
+    assert [steps_of(name) for name in manager.names()] == [10]
+
+
+def test_a_writer_that_fails_leaves_alone_what_another_writes_in_the_same_place(make, hook, told):
+    """On an object store both write in place."""
+    url = "memory://dask-nn-test/in-place"
+    first_in, quick_in, go_on = threading.Event(), threading.Event(), threading.Event()
+    threads = []
+
+    def wait(point, place):
+        me = threading.current_thread()
+        if me not in threads:
+            threads.append(me)
+            if len(threads) == 1:
+                first_in.set()
+                quick_in.wait(WAIT_S)
+                raise OSError(5, "Input/output error")
+            quick_in.set()
+            go_on.wait(WAIT_S)
+
+    hook(wait)
+    late, quick = make(url), make(url)
+    late.save(content(2, 20))
+    assert first_in.wait(WAIT_S)
+    quick.save(content(2, 20))
+    assert late.wait(WAIT_S)
+    go_on.set()
+    assert quick.wait(WAIT_S)
+    assert told.names == ["checkpoint-failed", "checkpoint"]
+    assert quick.load_latest()[1].steps == 20
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip"])
+def test_damaged_checkpoints_take_no_place_of_new_ones(make, tmp_path, harm):
+    """A run goes on from before the damaged ones: what it writes then is kept."""
+    before = make(keep=2, best="val_loss")
+    for epoch, loss in enumerate((0.1, 0.5, 0.6), start=1):
+        write(before, content(epoch, 30 * epoch, record={"val_loss": loss}))
+    for name in before.names()[-2:]:
+        path = tmp_path / "run" / name / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        if harm == "truncate":
+            del data[-1]
+        else:
+            data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    manager = make(keep=2, best="val_loss")
+    assert manager.load_latest()[1].steps == 30
+    manager.claim("next", 0, (1, 30))
+    usable = []
+    for epoch, steps in ((1, 45), (2, 59), (2, 75), (3, 90), (4, 120)):
+        write(manager, content(epoch, steps, run_id="next"))
+        usable.append(manager.load_latest()[1].steps)
+    assert usable == [45, 59, 75, 90, 120]
+    assert [steps_of(name) for name in manager.names()] == [30, 90, 120]
+
+
+def test_what_was_just_written_stays_whatever_lies_ahead(make):
+    """A folder of another, longer run: the newest by number are not the newest of this one."""
+    ahead = make(keep=2)
+    for epoch in (8, 9):
+        write(ahead, content(epoch, 10 * epoch))
+    manager = make(keep=2)
+    write(manager, content(1, 10))
+    assert steps_of(manager.names()[0]) == 10
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 from torch import nn
 from torch.optim import SGD
@@ -37,7 +38,7 @@ class StopAt(dask_nn.Callback):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -149,6 +150,41 @@ def test_kill_while_writing(job, undisturbed, make_cluster, same_bits, heard, tm
     # The gang that took over saved what the first one could not, wherever it began.
     assert [name[:10] for name in names(folder)] == ["epoch-0001", "epoch-0002", "epoch-0003"]
     assert names(folder)[-1] == "epoch-0003-step-000000090"
+    same_bits(job.train(None, checkpoint=folder, resume=True), undisturbed)
+
+
+def test_a_rank_that_was_given_up_writes_no_checkpoint_when_it_wakes_up(
+    job, undisturbed, make_cluster, ledger, same_bits, heard_with, tmp_path
+):
+    """Nothing of it takes the place of what its successor saves, and nobody is told of it."""
+    client = make_cluster(2)
+    written = ledger(client)
+    stopped = dict(client.run(os.getpid))
+    processes = [psutil.Process(pid) for pid in stopped.values()]
+    stop = Fault(point="forward", rank=0, step=30, action="stop")
+    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    install(client, [stop, pause], tmp_path)
+
+    def wake_up() -> None:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+
+    heard = heard_with(recovered=wake_up)
+    folder = tmp_path / "run"
+    result = job.train(
+        client,
+        checkpoint=dask_nn.Checkpoint(folder, every=20, keep=None),
+        callbacks=[heard],
+        recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False),
+    )
+    same_bits(result, undisturbed)
+    written.check(job.order())
+    (hung,) = heard.named("worker-hung")
+    (evicted,) = [p for p in processes if p.pid == stopped[hung.details["address"]]]
+    evicted.wait(timeout=40)  # until then it might write
+    steps = [int(name.rsplit("-", 1)[1]) for name in names(folder)]
+    assert [step for step in steps if step % 20] == []
+    assert [event.details["steps"] for event in heard.named("checkpoint")] == steps
     same_bits(job.train(None, checkpoint=folder, resume=True), undisturbed)
 
 

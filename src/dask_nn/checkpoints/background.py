@@ -36,7 +36,21 @@ class BackgroundWriter[T]:
         self._waiting: T | None = None
         self._current: T | None = None
         self._closed = False
+        self._first: Callable[[], None] | None = None
+        self._last: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
+
+    def begin(self, first: Callable[[], None], last: Callable[[], None]) -> None:
+        """Start the thread with something else to do before all items, and after the last.
+
+        Parameters
+        ----------
+        first, last : callable
+            Called in the writer's thread; must not raise.
+        """
+        with self._condition:
+            self._first, self._last = first, last
+            self._start()
 
     @property
     def unwritten(self) -> T | None:
@@ -48,14 +62,17 @@ class BackgroundWriter[T]:
         """Have an item written; give the one that it pushed aside."""
         with self._condition:
             pushed, self._waiting = self._waiting, item
-            if self._thread is None:
-                _writers.add(self)
-                self._thread = threading.Thread(
-                    target=self._run, name="dask-nn-checkpoints", daemon=True
-                )
-                self._thread.start()
+            self._start()
             self._condition.notify_all()
         return pushed
+
+    def _start(self) -> None:
+        if self._thread is None:
+            _writers.add(self)
+            self._thread = threading.Thread(
+                target=self._run, name="dask-nn-checkpoints", daemon=True
+            )
+            self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until everything is written; tell whether it is."""
@@ -71,6 +88,13 @@ class BackgroundWriter[T]:
             self._condition.notify_all()
 
     def _run(self) -> None:
+        if self._first is not None:
+            self._first()
+        self._write_all()
+        if self._last is not None:
+            self._last()
+
+    def _write_all(self) -> None:
         while True:
             with self._condition:
                 self._current = None

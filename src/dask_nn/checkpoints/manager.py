@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import platform
-import re
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-
 from dask_nn import faults
 from dask_nn.checkpoints.background import BackgroundWriter
-from dask_nn.checkpoints.codec import decode, encode
+from dask_nn.checkpoints.catalog import (
+    MANIFEST,
+    MODEL,
+    STATE,
+    WEIGHTS,
+    Catalog,
+    CheckpointContent,
+    reason_of,
+)
+from dask_nn.checkpoints.codec import encode
+from dask_nn.checkpoints.fence import Fence, FenceError
 from dask_nn.checkpoints.manifest import Manifest, StoredFile
+from dask_nn.checkpoints.retention import leftovers, place, retired
 from dask_nn.checkpoints.serialization import weights_to_bytes
 from dask_nn.checkpoints.storage import Storage
 from dask_nn.errors import CheckpointError
@@ -34,49 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointContent", "CheckpointManager"]
 
-MANIFEST = "manifest.json"
-MODEL = "model.safetensors"
-STATE = "state.safetensors"
-# The model's tensors have a file of their own, which evaluate and predict can read.
-WEIGHTS = "weights/"
-NAME = re.compile(r"epoch-\d{4,}-step-\d{9,}")
-# A folder that is being written, or one that never got its manifest.
-UNFINISHED = re.compile(rf"\.?({NAME.pattern})(?:\.[0-9a-f]+)?")
-NUMBER = re.compile(r"\d+")
 PACKAGES = ("dask-nn", "torch", "numpy", "dask", "distributed", "safetensors")
+# A folder that another run left unfinished is removed when it is so much older than what was just
+# written, by the storage's own clock: somebody may be at work on it.
+ABANDONED_S = 3600.0
 
 logger = logging.getLogger("dask_nn.checkpoints")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointContent:
-    """A state to save, or one that was read.
-
-    Parameters
-    ----------
-    tree : dict
-        Nested state dicts, see :mod:`dask_nn.checkpoints.codec`; the model's under ``"weights"``.
-    epoch, step, steps, configuration, history, record, run_id, generation
-        See :class:`~dask_nn.checkpoints.manifest.Manifest`.
-    path : str
-        Where it was read.
-    """
-
-    tree: dict[str, Any]
-    epoch: int
-    step: int
-    steps: int
-    configuration: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    record: dict[str, float] = field(default_factory=dict)
-    run_id: str = ""
-    generation: int = 0
-    path: str = ""
-
-    @property
-    def name(self) -> str:
-        """The folder's name; in the order of the run."""
-        return f"epoch-{self.epoch:04d}-step-{self.steps:09d}"
 
 
 class CheckpointManager:
@@ -103,9 +71,36 @@ class CheckpointManager:
         self._options = options
         self._on_event = on_event
         self._storage = Storage(str(options.url))
+        self._catalog = Catalog(self._storage)
         self._writer = BackgroundWriter(self._write_or_warn)
+        self._fence: Fence | None = None
+        self._began: tuple[int, int] | None = None
+        self._written: set[str] = set()
 
     # Writing
+
+    def claim(self, run_id: str, generation: int, began: tuple[int, int]) -> None:
+        """Become the one that writes here: what an older gang writes from now on does not count.
+
+        Parameters
+        ----------
+        run_id, generation
+            The gang.
+        began : tuple of int
+            Epoch and steps from which it goes on. Checkpoints that lie further on were passed
+            over, because they are damaged.
+        """
+        self._began = began
+        fence = self._fence = Fence(self._storage, run_id, generation)
+
+        def claim() -> None:
+            fence.open()
+            try:
+                fence.claim()
+            except Exception as error:  # before anything is written it is tried again
+                logger.warning("%s: %s", self._storage.url, reason_of(error))
+
+        self._writer.begin(claim, fence.close)
 
     def save(self, content: CheckpointContent) -> None:
         """Write a checkpoint in the background.
@@ -145,7 +140,7 @@ class CheckpointManager:
             self._storage.write("", name, probe)
             found = self._storage.read("", name)
         except Exception as error:  # file systems raise errors of their own kinds
-            message = f"checkpoints cannot be written to {self._storage.url}: {_reason(error)}"
+            message = f"checkpoints cannot be written to {self._storage.url}: {reason_of(error)}"
             raise CheckpointError(message) from error
         if found != probe:
             message = f"{self._storage.url} does not give back what is written to it"
@@ -165,43 +160,32 @@ class CheckpointManager:
         started = time.perf_counter()
         try:
             self._write(content)
+        except FenceError as error:
+            logger.warning("%s is not written: %s", self._path(content), error)
+            name = "checkpoint-skipped" if error.by_own_run else "checkpoint-failed"
+            self._tell(name, content, reason=str(error))
+            return
         except Exception as error:  # each file system has errors of its own
-            logger.warning("%s could not be written: %s", self._path(content), _reason(error))
-            self._tell("checkpoint-failed", content, reason=_reason(error))
+            logger.warning("%s was not written: %s", self._path(content), reason_of(error))
+            self._tell("checkpoint-failed", content, reason=reason_of(error))
             return
         self._tell("checkpoint", content, seconds=time.perf_counter() - started)
         try:
-            self._retire()
+            if self._fence is None or self._fence.holds():
+                self._retire(content)
         except Exception as error:
-            logger.warning("old checkpoints could not be removed: %s", _reason(error))
+            logger.warning("old checkpoints could not be removed: %s", reason_of(error))
 
     def _write(self, content: CheckpointContent) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        state = encode(content.tree, tensors)
-        weights = {
-            name[len(WEIGHTS) :]: t for name, t in tensors.items() if name.startswith(WEIGHTS)
-        }
-        others = {name: t for name, t in tensors.items() if not name.startswith(WEIGHTS)}
-        files = {MODEL: weights_to_bytes(weights)}
-        if others:
-            files[STATE] = weights_to_bytes(others)
-        manifest = Manifest(
-            epoch=content.epoch,
-            step=content.step,
-            steps=content.steps,
-            run_id=content.run_id,
-            generation=content.generation,
-            configuration=content.configuration,
-            history=content.history,
-            record=content.record,
-            state=state,
-            files={name: StoredFile.of(data) for name, data in files.items()},
-            packages=_versions(),
-        )
+        manifest, files = _files(content)
         folder = content.name
-        if self._holds(folder, manifest):
+        if self._fence is not None:
+            self._fence.enter()
+        if self._catalog.holds(folder, manifest):  # a run that lost time comes by again
+            self._written.add(folder)
             return
-        written = self._storage.begin(folder)
+        self._refuse_newer(folder, manifest)
+        written = self._storage.begin(folder, f"{content.run_id}-{content.generation}")
         try:
             # Without a manifest it counts as none, until all of it is there.
             self._storage.remove(written, MANIFEST)
@@ -209,50 +193,87 @@ class CheckpointManager:
                 self._storage.write(written, name, data)
                 if faults.hook is not None:
                     faults.hook("writing a checkpoint", {"step": content.steps})
+            if not self._catalog.has_all(written, manifest.files):
+                message = "somebody removed what was written before it was whole"
+                raise CheckpointError(message)
+            if self._fence is not None:
+                self._fence.leave(lambda: self._is_newest(content))
             self._storage.write(written, MANIFEST, manifest.to_bytes())
             self._put_in_place(written, folder, manifest)
         except Exception:
-            with suppress(Exception):  # what went wrong first says more
-                if not self._storage.exists(written, MANIFEST) or written != folder:
+            if written != folder:  # another may be writing in the same place
+                with suppress(Exception):  # what went wrong first says more
                     self._storage.remove(written)
+            if self._fence is not None:
+                self._fence.enter()  # who took its place may have removed its files
             raise
+        self._written.add(folder)
 
     def _put_in_place(self, written: str, folder: str, manifest: Manifest) -> None:
         try:
             self._storage.commit(written, folder)
         except FileExistsError:
             # A rank that was given up may write what its successor has written meanwhile.
-            if self._holds(folder, manifest):
+            if self._catalog.holds(folder, manifest):
                 self._storage.remove(written)
                 return
+            self._refuse_newer(folder, manifest)
             self._remove(folder)
             self._storage.commit(written, folder)
 
-    def _holds(self, folder: str, manifest: Manifest) -> bool:
-        """Tell whether the very same state lies there: a run that lost time comes by again."""
-        if not self._storage.exists(folder, MANIFEST):
-            return False
-        try:
-            _, found = self._load(folder)
-        except CheckpointError:
-            return False
-        return found.configuration == manifest.configuration and found.files == manifest.files
+    def _refuse_newer(self, folder: str, manifest: Manifest) -> None:
+        """Leave what a newer gang of this run has written as it is."""
+        found = self._catalog.find(folder)
+        if (
+            found is not None
+            and found.run_id == manifest.run_id
+            and found.generation > manifest.generation
+            and self._catalog.has_all(folder, found.files)
+        ):
+            message = f"gang {found.generation} of this run has written it already"
+            raise FenceError(message, by_own_run=True)
 
-    def _retire(self) -> None:
+    def _is_newest(self, content: CheckpointContent) -> bool:
+        mine = place(content.name)
+        return all(place(name) < mine for name in self.names() if self._catalog.is_complete(name))
+
+    def _retire(self, content: CheckpointContent) -> None:
         """Remove what need not be kept, and what was begun before that and never finished."""
+        written = content.name
         folders = self._storage.folders()
-        names = self._whole(folders)
-        for name in folders:
-            whole = UNFINISHED.fullmatch(name)
-            if name not in names and whole and names and _place(whole[1]) < _place(names[-1]):
-                self._storage.remove(name)
+        names = self._catalog.names(folders)
+        for leftover in leftovers(
+            folders,
+            names,
+            written=written,
+            run_id=content.run_id,
+            generation=content.generation,
+            in_place=not self._storage.renames,
+        ):
+            if not leftover.by_age or self._is_abandoned(leftover.name, written):
+                self._storage.remove(leftover.name)
         if self._options.keep is None:
             return
-        keep = set(names[-self._options.keep :])
-        best = self.best() if self._options.best is not None else None
-        for name in names:
-            if name not in keep and name != best:
-                self._remove(name)
+        counted = [name for name in names if self._counts(name)]
+        best = None
+        if self._options.best is not None:
+            best = self._catalog.best(self._options, counted)
+        for name in retired(
+            names, written=written, counted=counted, keep=self._options.keep, best=best
+        ):
+            self._remove(name)
+
+    def _counts(self, name: str) -> bool:
+        """Tell whether the run could go on from a checkpoint, without reading all of it."""
+        if name in self._written:
+            return True
+        passed_over = self._began is not None and place(name) > self._began
+        return not passed_over and self._catalog.is_complete(name)
+
+    def _is_abandoned(self, folder: str, written: str) -> bool:
+        now = self._storage.changed(written, MANIFEST)
+        then = self._storage.changed(folder)
+        return now is not None and then is not None and now - then > ABANDONED_S
 
     def _remove(self, name: str) -> None:
         # The manifest first: what remains after an interruption counts as none.
@@ -263,101 +284,13 @@ class CheckpointManager:
 
     def names(self) -> list[str]:
         """Give the names of all checkpoints with a manifest, oldest first."""
-        return self._whole(self._storage.folders())
-
-    def _whole(self, folders: list[str]) -> list[str]:
-        names = (name for name in folders if NAME.fullmatch(name))
-        found = [name for name in names if self._storage.exists(name, MANIFEST)]
-        return sorted(found, key=_place)
-
-    def best(self) -> str | None:
-        """Give the name of the best checkpoint by ``Checkpoint.best``; None if none has it."""
-        entry = self._options.best
-        found: tuple[str, float] | None = None
-        for name in self.names():
-            try:
-                record = self._manifest(name).record
-            except CheckpointError:
-                continue
-            value = record.get(entry or "")
-            if value is None or math.isnan(value):  # nothing compares with NaN: it would stay
-                continue
-            if found is None or self._options.is_better(value, found[1]):
-                found = (name, value)
-        return None if found is None else found[0]
+        return self._catalog.names()
 
     def load_latest(
         self,
     ) -> tuple[CheckpointContent, Manifest, list[tuple[str, str]]] | None:
-        """Read the newest checkpoint that is whole.
-
-        Returns
-        -------
-        tuple or None
-            Its content, its manifest, and for every newer one the path and why it cannot be used.
-            None if there are no checkpoints.
-
-        Raises
-        ------
-        CheckpointError
-            If there are some, but none can be used.
-        """
-        skipped: list[tuple[str, str]] = []
-        for name in reversed(self.names()):
-            try:
-                content, manifest = self._load(name)
-            except CheckpointError as error:
-                logger.warning("%s is passed over: %s", self._storage.path(name), error)
-                skipped.append((self._storage.path(name), str(error)))
-            else:
-                return content, manifest, skipped
-        if skipped:
-            reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped)
-            message = f"none of the checkpoints in {self._storage.url} can be used: {reasons}"
-            raise CheckpointError(message)
-        return None
-
-    def _manifest(self, name: str) -> Manifest:
-        return Manifest.from_bytes(self._read(name, MANIFEST))
-
-    def _load(self, name: str) -> tuple[CheckpointContent, Manifest]:
-        manifest = self._manifest(name)
-        tensors: dict[str, torch.Tensor] = {}
-        for file, stored in manifest.files.items():
-            data = self._read(name, file)
-            if len(data) != stored.size:
-                message = f"{file} has {len(data)} bytes, {stored.size} were written"
-                raise CheckpointError(message)
-            if StoredFile.of(data) != stored:
-                message = f"{file} was changed: its SHA-256 is another"
-                raise CheckpointError(message)
-            try:
-                found = load_tensors(data)
-            except SafetensorError as error:
-                message = f"{file} is no safetensors file: {error}"
-                raise CheckpointError(message) from error
-            prefix = WEIGHTS if file == MODEL else ""
-            tensors |= {f"{prefix}{key}": tensor for key, tensor in found.items()}
-        content = CheckpointContent(
-            tree=decode(manifest.state, tensors),
-            epoch=manifest.epoch,
-            step=manifest.step,
-            steps=manifest.steps,
-            configuration=manifest.configuration,
-            history=manifest.history,
-            record=manifest.record,
-            run_id=manifest.run_id,
-            generation=manifest.generation,
-            path=self._storage.path(name),
-        )
-        return content, manifest
-
-    def _read(self, folder: str, name: str) -> bytes:
-        try:
-            return self._storage.read(folder, name)
-        except Exception as error:  # file systems raise errors of their own kinds
-            message = f"{name} cannot be read: {_reason(error)}"
-            raise CheckpointError(message) from error
+        """Read the newest checkpoint that is whole; see `Catalog.load_latest`."""
+        return self._catalog.load_latest()
 
     def _path(self, content: CheckpointContent) -> str:
         return self._storage.path(content.name)
@@ -375,9 +308,31 @@ class CheckpointManager:
             )
 
 
-def _place(name: str) -> list[int]:
-    """Give the numbers in a name: epoch 10000 comes after epoch 9999."""
-    return [int(part) for part in NUMBER.findall(name)]
+def _files(content: CheckpointContent) -> tuple[Manifest, dict[str, bytes]]:
+    """Give a checkpoint's manifest and the bytes of its other files."""
+    tensors: dict[str, torch.Tensor] = {}
+    state = encode(content.tree, tensors)
+    weights = {name[len(WEIGHTS) :]: t for name, t in tensors.items() if name.startswith(WEIGHTS)}
+    others = {name: t for name, t in tensors.items() if not name.startswith(WEIGHTS)}
+    files = {MODEL: weights_to_bytes(weights)}
+    if others:
+        files[STATE] = weights_to_bytes(others)
+    manifest = Manifest(
+        epoch=content.epoch,
+        step=content.step,
+        steps=content.steps,
+        run_id=content.run_id,
+        generation=content.generation,
+        configuration=content.configuration,
+        history=content.history,
+        record=content.record,
+        state=state,
+        files={name: StoredFile.of(data) for name, data in files.items()},
+        packages=_versions(),
+        bitwise=content.bitwise,
+        canary=content.canary,
+    )
+    return manifest, files
 
 
 @functools.cache
@@ -385,8 +340,3 @@ def _versions() -> dict[str, str]:
     """Look up the versions of packages once: it takes milliseconds."""
     versions = {package: version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **versions}
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return f"{text}" if text else type(error).__name__

@@ -59,6 +59,11 @@ class Manifest:
         The tensors' files.
     packages : dict of str to str
         Versions.
+    bitwise : bool
+        Whether all gangs so far computed the same bits.
+    canary : dict of str to str
+        What the run's first gang computed from a fixed batch, for whoever goes on: ``sample``, the
+        sum of that batch, and ``bits``, that of its gradients.
     """
 
     epoch: int
@@ -72,6 +77,8 @@ class Manifest:
     state: Any = None
     files: dict[str, StoredFile] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
+    bitwise: bool = True
+    canary: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     @property

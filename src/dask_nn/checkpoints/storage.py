@@ -19,7 +19,10 @@ from dask_nn.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Storage"]
+__all__ = ["REMOVED", "Storage"]
+
+# Begins the names of folders that are about to vanish.
+REMOVED = ".removed."
 
 
 class Storage:
@@ -48,6 +51,11 @@ class Storage:
             message = f"checkpoints cannot be written to {url}: {error}"
             raise CheckpointError(message) from error
         self._is_local = isinstance(self._fs, LocalFileSystem)
+
+    @property
+    def renames(self) -> bool:
+        """Whether folders are written under another name and renamed."""
+        return self._is_local
 
     def path(self, *parts: str) -> str:
         """Give the path of something below the folder, for humans."""
@@ -78,16 +86,39 @@ class Storage:
         """Tell whether there is such a file."""
         return bool(self._fs.exists(self._join(folder, name)))
 
+    def size(self, folder: str, name: str) -> int | None:
+        """Give the bytes of a file; None if it is missing."""
+        self._fs.invalidate_cache()
+        try:
+            return int(self._fs.size(self._join(folder, name)))
+        except FileNotFoundError:
+            return None
+
+    def changed(self, folder: str, name: str | None = None) -> float | None:
+        """Give when a file, or anything in a folder, last changed, by the storage's own clock.
+
+        None where there is nothing, or where the file system does not tell.
+        """
+        try:
+            if name is not None or self._is_local:
+                path = self._root_of(folder) if name is None else self._join(folder, name)
+                return float(self._fs.modified(path).timestamp())
+            files: Iterable[str] = self._fs.find(self._root_of(folder))
+            return max(float(self._fs.modified(path).timestamp()) for path in files)
+        except Exception:  # each file system has errors of its own, and some know no times
+            return None
+
     def write(self, folder: str, name: str, data: bytes) -> None:
-        """Write a file that is whole or absent.
+        """Write a file that is whole or absent, into a folder of `begin`, or beside all of them.
 
         Raises
         ------
         OSError
-            If that fails; what was there before stays.
+            If that fails, or somebody removed the folder; what was there before stays.
         """
         target = self._join(folder, name)
-        self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        if not folder:
+            self._fs.makedirs(self._root, exist_ok=True)
         if not self._is_local:
             self._fs.pipe_file(target, data)
             return
@@ -95,9 +126,24 @@ class Storage:
             file.write(data)
         _sync_folder(Path(target).parent)
 
-    def begin(self, folder: str) -> str:
-        """Give the name under which a folder is written, until it is whole."""
-        return f".{folder}.{uuid.uuid4().hex[:8]}" if self._is_local else folder
+    def begin(self, folder: str, writer: str) -> str:
+        """Make the folder under whose name another is written until it is whole; give that name.
+
+        Object stores have no folders that could be made or renamed: there it is written in place.
+
+        Parameters
+        ----------
+        folder : str
+            What it will be.
+        writer : str
+            Becomes part of the name, for whoever clears up after writers that died.
+        """
+        if not self._is_local:
+            return folder
+        written = f".{folder}.{writer}.{uuid.uuid4().hex[:8]}"
+        self._fs.makedirs(self._root, exist_ok=True)
+        Path(self._root_of(written)).mkdir()
+        return written
 
     def commit(self, written: str, folder: str) -> None:
         """Give a folder that is whole its own name.
@@ -124,6 +170,11 @@ class Storage:
         """Remove a file or a whole folder, if it is there."""
         target = self._root_of(folder) if name is None else self._join(folder, name)
         with contextlib.suppress(FileNotFoundError):
+            if name is None and self._is_local and not folder.startswith(REMOVED):
+                # At once: who may still be writing into it must not end with half of it.
+                aside = self._root_of(f"{REMOVED}{uuid.uuid4().hex[:8]}")
+                Path(target).rename(aside)
+                target = aside
             self._fs.rm(target, recursive=name is None)
 
     def _root_of(self, folder: str) -> str:

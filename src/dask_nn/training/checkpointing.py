@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,7 +94,8 @@ class Checkpointer:
         self._save_at = options.save_at()
         self._options = options
         self._configuration = dict(configuration)
-        self._run_id = str(self._configuration.pop("run_id", ""))
+        # A run in one process has no other name; it may be stopped and taken up elsewhere, too.
+        self._run_id = str(self._configuration.pop("run_id", "")) or uuid.uuid4().hex[:12]
         self._generation = int(self._configuration.pop("generation", 0))
         self._manager = CheckpointManager(options, on_event=on_event)
         self._on_event = on_event
@@ -102,7 +104,11 @@ class Checkpointer:
         self._saved_s = time.monotonic() - (0.0 if last is None else last.age_s)
 
     def begin(self, run: Saved) -> None:
-        """Count from here, or save at once what an earlier gang should have saved and did not."""
+        """Count from here, or save at once what an earlier gang should have saved and did not.
+
+        From now on no earlier gang of the run writes anything that counts.
+        """
+        self._manager.claim(self._run_id, self._generation, (run.epoch, run.steps))
         if self._last is None:
             self._saved_steps = run.steps
         elif self._is_due(run, epoch_ended=run.epoch > self._last.epoch):
