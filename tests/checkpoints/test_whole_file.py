@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_after_an_error_the_old_content_is_there_and_nothing_else(tmp_path: Path
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_other_threads_keep_their_mode(tmp_path, monkeypatch):
+    """The umask belongs to the whole process: changed for a moment, it is changed for all."""
+    changed = []
+    monkeypatch.setattr(os, "umask", lambda mask: changed.append(mask) or 0o022)
+    with whole_file(tmp_path / "whole") as file:
+        file.write(b"new")
+    assert not changed
 
 
 def test_it_has_the_mode_of_any_new_file(tmp_path: Path) -> None:

@@ -193,9 +193,7 @@ class CheckpointManager:
                 self._storage.write(written, name, data)
                 if faults.hook is not None:
                     faults.hook("writing a checkpoint", {"step": content.steps})
-            if not self._catalog.has_all(written, manifest.files):
-                message = "somebody removed what was written before it was whole"
-                raise CheckpointError(message)
+            self._check_written(written, manifest)
             if self._fence is not None:
                 self._fence.leave(lambda: self._is_newest(content))
             self._storage.write(written, MANIFEST, manifest.to_bytes())
@@ -220,6 +218,12 @@ class CheckpointManager:
             self._refuse_newer(folder, manifest)
             self._remove(folder)
             self._storage.commit(written, folder)
+
+    def _check_written(self, written: str, manifest: Manifest) -> None:
+        """Check that nobody took away what was written, before the manifest vouches for it."""
+        if not self._catalog.has_all(written, manifest.files):
+            message = "somebody removed what was written before it was whole"
+            raise CheckpointError(message)
 
     def _refuse_newer(self, folder: str, manifest: Manifest) -> None:
         """Leave what a newer gang of this run has written as it is."""

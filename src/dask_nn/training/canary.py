@@ -1,9 +1,14 @@
-"""Do all ranks compute the same bits? Asked once, on one fixed batch, before training."""
+"""Do all ranks compute the same bits? Asked once, on one fixed batch, before training.
+
+The weights of the question are fixed as well: a run that goes on from a checkpoint asks again, with
+a module that was initialised anew.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,10 +26,50 @@ if TYPE_CHECKING:
     from dask_nn.metrics.objective import Objective
     from dask_nn.training.spec import TrainingSpec
 
-__all__ = ["compare_canaries", "fingerprint"]
+__all__ = ["canary_of", "compare_canaries", "expected_bits", "fingerprint"]
 
 CANARY_STEP = -1
 NAME_SEPARATOR = b"\0"
+# Weights repeat after so many values: a prime, so that rows of no layer are equal.
+PERIOD = 4093
+MULTIPLIER = 2654435761
+
+
+def canary_of(spec: TrainingSpec, bits: bytes) -> dict[str, str]:
+    """Say what was computed from the spec's sample, for whoever goes on with the run."""
+    return {"sample": _sum_of(spec), "bits": bits.hex()} if spec.sample is not None else {}
+
+
+def expected_bits(canary: dict[str, str], spec: TrainingSpec) -> bytes:
+    """Give the fingerprint in a canary; empty if it was made of another batch."""
+    same = spec.sample is not None and canary.get("sample") == _sum_of(spec)
+    return bytes.fromhex(canary["bits"]) if same else b""
+
+
+def _sum_of(spec: TrainingSpec) -> str:
+    digest = hashlib.sha256()
+    for array in spec.sample or ():
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _set_weights(model: nn.Module) -> None:
+    """Set all weights to values that depend on nothing but their place, exactly."""
+    places = np.arange(1, PERIOD + 1, dtype=np.int64)
+    fractions = (places * MULTIPLIER % (1 << 24)) / (1 << 24) - 0.5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            pattern = torch.from_numpy(fractions).to(parameter.dtype)
+            values = torch.empty(parameter.numel(), dtype=parameter.dtype)
+            whole = len(values) // PERIOD * PERIOD
+            values[:whole].view(-1, PERIOD).copy_(pattern)
+            values[whole:].copy_(pattern[: len(values) - whole])
+            if parameter.dim() > 1:  # a power of two: scaling by it is exact
+                values *= 2.0 ** -round(math.log2(max(1, parameter[0].numel())) / 2)
+            parameter.copy_(values.view(parameter.shape))
 
 
 def fingerprint(
@@ -46,6 +91,7 @@ def fingerprint(
     if spec.sample is None:
         return b""
     probe = copy.deepcopy(model)
+    _set_weights(probe)
     layout = LeafLayout(probe)
     step = ShardStep(
         probe,
@@ -67,7 +113,13 @@ def fingerprint(
 
 
 def compare_canaries(
-    digest: bytes, comm: Communicator, *, place: str, refuse: bool, expected: bytes = b""
+    digest: bytes,
+    comm: Communicator,
+    *,
+    place: str,
+    refuse: bool,
+    expected: bytes = b"",
+    origin: str = "in the run's first gang",
 ) -> bool:
     """Compare the fingerprints of all ranks.
 
@@ -83,6 +135,8 @@ def compare_canaries(
         Whether a difference is an error.
     expected : bytes
         What the run's first gang agreed on; rank 0's fingerprint if empty.
+    origin : str
+        When that was, for an error.
 
     Returns
     -------
@@ -103,7 +157,7 @@ def compare_canaries(
     different = {name: rank for rank, (found, name) in enumerate(parsed) if found != right}
     if different and refuse:
         named = ", ".join(f"rank {rank} ({name})" for name, rank in different.items())
-        before = "in the run's first gang" if expected else f"on rank 0 ({parsed[0][1]})"
+        before = origin if expected else f"on rank 0 ({parsed[0][1]})"
         message = (
             f"the same batch gives other bits on {named} than {before}: processors, libraries or "
             "thread settings differ, so the weights would depend on who computes what. Use workers "

@@ -198,6 +198,8 @@ class Checkpointer:
             record=record or {},
             run_id=self._run_id,
             generation=self._generation,
+            bitwise=snapshot.bitwise,
+            canary=snapshot.canary,
         )
 
 
@@ -251,6 +253,8 @@ def load_newest(
         step=manifest.step,
         steps=manifest.steps,
         history=tuple(manifest.history),
+        bitwise=manifest.bitwise,
+        canary=manifest.canary,
         **tree["sums"],
     )
     return snapshot, manifest, str(content.path), skipped

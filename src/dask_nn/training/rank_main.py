@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dask_nn.data.batches import batch_dtypes
-from dask_nn.errors import Aborted, CollectiveTimeout, DaskNNError, NonFiniteLoss
+from dask_nn.errors import (
+    Aborted,
+    CollectiveTimeout,
+    DaskNNError,
+    IncompatibleWorkers,
+    NonFiniteLoss,
+)
 from dask_nn.metrics.objective import Objective
-from dask_nn.training.canary import compare_canaries, fingerprint
+from dask_nn.training.canary import (
+    canary_of,
+    compare_canaries,
+    expected_bits,
+    fingerprint,
+)
 from dask_nn.training.checkpointing import Checkpointer
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.loop import TrainingLoop
@@ -36,6 +48,8 @@ if TYPE_CHECKING:
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["RankEnvironment", "rank_main"]
+
+logger = logging.getLogger("dask_nn.training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +126,20 @@ class RankEnvironment:
 def rank_main(spec: TrainingSpec, env: RankEnvironment) -> RankOutcome:
     """Train one rank; never raises, the outcome says how it ended."""
     standing = _Standing()
+    outcome = _run(spec, env, standing)
+    try:
+        standing.leave(env)
+    except BaseException:  # for want of memory, for example; what was trained is in the outcome
+        logger.exception("rank %d leaves no state to the next gang", env.comm.rank)
+        outcome = replace(outcome, has_state=False)
+    finally:
+        standing.close()
+        env.comm.close()
+    return outcome
+
+
+def _run(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> RankOutcome:
+    """Train; whatever happens, peers hear of it."""
     comm = env.comm
     outcome: RankOutcome
     try:
@@ -124,8 +152,6 @@ def rank_main(spec: TrainingSpec, env: RankEnvironment) -> RankOutcome:
     finally:
         if standing.unfinished:
             comm.abort()
-        standing.leave(env)
-        comm.close()
     return outcome
 
 
@@ -152,7 +178,11 @@ class _Standing:
             return
         if self.over or env.wait_event.is_set():
             self.checkpointer.finish(partial(self._wait, env))
-        self.checkpointer.close()
+
+    def close(self) -> None:
+        """Let go of the thread that writes checkpoints."""
+        if self.checkpointer is not None:
+            self.checkpointer.close()
 
     @staticmethod
     def _wait(env: RankEnvironment) -> None:
@@ -184,9 +214,20 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         device=device,
         shared=env.shared_process,
     )
-    bitwise = compare_canaries(
-        digest, comm, place=env.address, refuse=spec.bitwise, expected=env.canary
+    saved = expected_bits(state.canary, spec)
+    expected = env.canary or saved
+    same = compare_canaries(
+        digest,
+        comm,
+        place=env.address,
+        refuse=spec.bitwise,
+        expected=expected,
+        origin="in the run's first gang" if env.canary else "when the run was saved",
     )
+    # Once it does not hold, it does not hold for the rest of the run, on whatever workers.
+    state.bitwise = state.bitwise and same
+    if not saved:
+        state.canary = canary_of(spec, expected or digest)
     validation = None
     if env.validation_reader is not None:
         validation = Validation(
@@ -221,7 +262,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     )
     standing.loop = loop
     if first and env.on_start is not None:
-        env.on_start({"canary": digest, "steps": state.steps, "epoch": state.epoch})
+        env.on_start({"canary": expected or digest, "steps": state.steps, "epoch": state.epoch})
     try:
         status: Status = "finished" if loop.run() else "stopped"
     except NonFiniteLoss:
@@ -238,7 +279,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         state=loop.good_weights() if first else {},
         optimizer_state=state.optimizer_weights() if first else {},
         loss=loop.last_loss,
-        bitwise=bitwise,
+        bitwise=state.bitwise,
         collective=comm.name,
     )
 
@@ -247,6 +288,8 @@ def _failed(
     env: RankEnvironment, standing: _Standing, status: Status, error: BaseException
 ) -> RankOutcome:
     state = standing.state
+    if isinstance(error, IncompatibleWorkers) and not env.canary:
+        state = None  # this run did not begin, wherever it was saved
     standing.failed = status == "failed"
     text = "".join(traceback.format_exception(error))
     # What failed may refer to itself, and would keep the gang's memory until somebody collects it;

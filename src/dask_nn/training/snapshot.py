@@ -41,6 +41,8 @@ class Snapshot:
         Records of the finished epochs.
     buffers : dict
         Buffers of the model that its state dict leaves out.
+    bitwise, canary
+        See :class:`~dask_nn.training.state.TrainingState`.
     """
 
     weights: dict[str, torch.Tensor]
@@ -57,6 +59,8 @@ class Snapshot:
     non_finite: bool = False
     history: tuple[dict[str, float], ...] = ()
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    bitwise: bool = True
+    canary: dict[str, str] = field(default_factory=dict)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -75,6 +79,8 @@ class Snapshot:
             epoch=state.epoch,
             step=state.step,
             steps=state.steps,
+            bitwise=state.bitwise,
+            canary=state.canary,
             **sums,
         )
 
@@ -85,6 +91,7 @@ class Snapshot:
             if name in self.buffers:
                 buffer.copy_(self.buffers[name])
         state.epoch, state.step, state.steps = self.epoch, self.step, self.steps
+        state.bitwise, state.canary = self.bitwise, self.canary
         if weights_only:
             return
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))

@@ -33,6 +33,10 @@ class TrainingState:
         The step of that epoch which comes next.
     steps : int
         Steps completed over the whole run.
+    bitwise : bool
+        Whether all ranks so far computed the same bits.
+    canary : dict of str to str
+        What the run's first gang computed; see :class:`~dask_nn.training.canary.Canary`.
 
     Raises
     ------
@@ -50,6 +54,8 @@ class TrainingState:
         self.epoch = 0
         self.step = 0
         self.steps = 0
+        self.bitwise = True
+        self.canary: dict[str, str] = {}
 
     @property
     def step_scheduler(self) -> Any:
