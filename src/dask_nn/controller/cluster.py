@@ -23,10 +23,15 @@ __all__ = [
     "client_versions",
     "in_loop",
     "inspect_workers",
+    "list_workers",
     "scheduler_address",
+    "scheduler_lost",
 ]
 
 LISTED = 5
+# How long the scheduler may take to list its workers, and a worker, which imports torch, to answer.
+LIST_S = 10.0
+DESCRIBE_S = 60.0
 
 
 def inspect_workers(client: Client) -> list[WorkerFacts]:
@@ -35,14 +40,18 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     Raises
     ------
     ClusterError
-        If there are no workers.
+        If there are no workers, or the scheduler does not answer.
     IncompatibleWorkers
         If a worker lacks dask-nn or torch, or has other versions than this client.
     """
-    answers = client.run(describe, on_error="return")
-    # A worker that leaves at this moment is none to count on; if it is only slow, it joins later.
+    answers = ask_workers(
+        client, describe, sorted(list_workers(client)), timeout_s=DESCRIBE_S
+    ).result(2 * DESCRIBE_S)
+    # A worker that leaves at this moment, or does not answer, is none to count on.
     answers = {
-        address: answer for address, answer in answers.items() if not isinstance(answer, OSError)
+        address: answer
+        for address, answer in answers.items()
+        if not isinstance(answer, OSError | KeyError)
     }
     if not answers:
         message = (
@@ -63,6 +72,39 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     workers = [WorkerFacts(**answer) for answer in answers.values()]
     check_versions(workers, client_versions())
     return workers
+
+
+def list_workers(client: Client) -> dict[str, str]:
+    """Give the scheduler's workers: from address to what tells one process there from the next.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is gone, or does not answer.
+    """
+    question: Any = client._run_on_scheduler(_list_workers)  # noqa: SLF001  (the other has no deadline)
+    answer = in_loop(client, question)
+    try:
+        found: dict[str, str] = answer.result(LIST_S)
+    except TimeoutError as error:
+        answer.cancel()
+        message = f"the scheduler did not answer within {LIST_S:g} s"
+        raise ClusterError(message) from error
+    except OSError as error:
+        raise scheduler_lost(client) from error
+    return found
+
+
+def _list_workers(dask_scheduler: Any) -> dict[str, str]:
+    return {address: str(worker.server_id) for address, worker in dask_scheduler.workers.items()}
+
+
+def scheduler_lost(client: Client) -> ClusterError:
+    """Make the error for a scheduler that is gone."""
+    return ClusterError(
+        f"the connection to the scheduler is {client.status}; without it nobody can say what "
+        "became of the workers. checkpoint= and resume=True go on elsewhere"
+    )
 
 
 def in_loop[T](client: Client, coroutine: Coroutine[Any, Any, T]) -> Future[T]:

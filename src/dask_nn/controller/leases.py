@@ -10,7 +10,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.cluster import in_loop
+from dask_nn.controller.cluster import in_loop, scheduler_lost
 from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ __all__ = ["Leases"]
 
 ANSWER_S = 10.0
 POLL_S = 0.2
-# The attribute of the scheduler that holds the list.
+# The attributes of the scheduler that hold the list, and the runs that are not over.
 ATTRIBUTE = "dask_nn_leases"
+RUNS = "dask_nn_runs"
 
 
 class Leases:
@@ -44,7 +45,8 @@ class Leases:
     def claim(self, wanted: Iterable[str], *, queue: bool = False) -> set[str]:
         """Claim some workers, if all of them are free and nobody waited for one of them before.
 
-        Workers that this run has and does not want any more are given back with success.
+        Workers that this run has are its own whoever waits for them; those that it does not want
+        any more are given back with success.
 
         Parameters
         ----------
@@ -66,7 +68,7 @@ class Leases:
         return set(self._ask(_claim, sorted(wanted), queue))
 
     def taken(self) -> set[str]:
-        """Give the workers that other runs have.
+        """Give the workers that other runs have, or waited for before this one did.
 
         Raises
         ------
@@ -74,6 +76,16 @@ class Leases:
             If the scheduler does not answer.
         """
         return set(self._ask(_taken))
+
+    def runs(self) -> set[str]:
+        """Give the runs of this cluster that are not over, this one included.
+
+        Raises
+        ------
+        ClusterError
+            If the scheduler does not answer.
+        """
+        return set(self._ask(_runs))
 
     def wait_for(
         self, wanted: Iterable[str], timeout_s: float, on_wait: Callable[[set[str]], None]
@@ -119,11 +131,15 @@ class Leases:
         question: Any = self._client._run_on_scheduler(  # noqa: SLF001  (the other has no deadline)
             function, self._run_id, self._client.id, *arguments
         )
+        answer = in_loop(self._client, question)
         try:
-            return in_loop(self._client, question).result(ANSWER_S)
+            return answer.result(ANSWER_S)
         except TimeoutError as error:
+            answer.cancel()
             message = f"the scheduler did not answer within {ANSWER_S:g} s"
             raise ClusterError(message) from error
+        except OSError as error:
+            raise scheduler_lost(self._client) from error
 
 
 def _table(scheduler: Any) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, list[str]]]]:
@@ -142,6 +158,18 @@ def _table(scheduler: Any) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[
     return table
 
 
+def _out_of_reach(
+    run_id: str, held: dict[str, tuple[str, str]], waiting: dict[str, tuple[str, list[str]]]
+) -> set[str]:
+    """Give the workers that others have, or waited for earlier, without those that the run has."""
+    others = {address for address, (owner, _) in held.items() if owner != run_id}
+    for other, (_, addresses) in waiting.items():
+        if other == run_id:
+            break
+        others |= set(addresses)
+    return others - {address for address, (owner, _) in held.items() if owner == run_id}
+
+
 def _claim(
     run_id: str,
     client_id: str,
@@ -150,16 +178,9 @@ def _claim(
     dask_scheduler: Any,
 ) -> list[str]:
     held, waiting = _table(dask_scheduler)
-    earlier: set[str] = set()
-    for other, (_, addresses) in waiting.items():
-        if other == run_id:
-            break
-        earlier |= set(addresses)
-    others = [
-        address
-        for address in wanted
-        if address in earlier or held.get(address, (run_id, ""))[0] != run_id
-    ]
+    _known_runs(dask_scheduler)[run_id] = client_id
+    out_of_reach = _out_of_reach(run_id, held, waiting)
+    others = [address for address in wanted if address in out_of_reach]
     if others:
         if queue:
             waiting.setdefault(run_id, (client_id, wanted))
@@ -172,14 +193,30 @@ def _claim(
 
 def _taken(run_id: str, client_id: str, dask_scheduler: Any) -> list[str]:
     del client_id
-    held, _ = _table(dask_scheduler)
-    return [address for address, (owner, _) in held.items() if owner != run_id]
+    return sorted(_out_of_reach(run_id, *_table(dask_scheduler)))
+
+
+def _known_runs(scheduler: Any) -> dict[str, str]:
+    """Give the runs whose clients live: a run may have no worker at all for a while."""
+    runs: dict[str, str] = getattr(scheduler, RUNS, {})
+    setattr(scheduler, RUNS, runs)
+    for run_id in [
+        run_id for run_id, client_id in runs.items() if client_id not in scheduler.clients
+    ]:
+        del runs[run_id]
+    return runs
+
+
+def _runs(run_id: str, client_id: str, dask_scheduler: Any) -> list[str]:
+    del run_id, client_id
+    return list(_known_runs(dask_scheduler))
 
 
 def _release(run_id: str, client_id: str, dask_scheduler: Any) -> None:
     del client_id
     held, waiting = _table(dask_scheduler)
     waiting.pop(run_id, None)
+    _known_runs(dask_scheduler).pop(run_id, None)
     _give_back(held, run_id)
 
 
