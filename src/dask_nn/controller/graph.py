@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import queue
-import threading
 import time
 import traceback
 import uuid
@@ -23,17 +22,26 @@ from distributed import KilledWorker
 from distributed.client import FutureCancelledError
 
 from dask_nn.controller import graph_tasks as tasks
-from dask_nn.controller.cluster import scheduler_address
-from dask_nn.controller.graph_steps import BlockTasks, StepTasks, same_bits
-from dask_nn.data.sending import send
-from dask_nn.errors import ClusterError, RankFailed, WorkerLost
+from dask_nn.controller.cluster import (
+    ask_workers,
+    list_workers,
+    scheduler_address,
+    scheduler_lost,
+)
+from dask_nn.controller.graph_canary import compare_bits
+from dask_nn.controller.graph_healing import Healing
+from dask_nn.controller.graph_steps import BlockTasks, StepTasks
+from dask_nn.controller.graph_waits import TaskWaits
+from dask_nn.controller.graph_watch import WorkerWatch
+from dask_nn.controller.leases import Leases
+from dask_nn.errors import RankFailed
 from dask_nn.events import Event, Progress
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.training.checkpointing import Checkpointer
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from distributed import Client, Future
 
@@ -49,9 +57,9 @@ __all__ = ["run_graph"]
 
 # Steps of one submission: enough to keep workers busy, few enough to stop soon.
 GROUP_STEPS = 16
-POLL_S = 0.2
-# After Ctrl-C the steps under way may take so long to finish.
-STOP_S = 1.2
+FORGET_S = 1.0
+# What Dask raises where it cannot go on by itself; the user's errors come as RankFailed.
+BROKEN = (KilledWorker, FutureCancelledError, OSError, KeyError)
 
 
 def run_graph(
@@ -76,7 +84,8 @@ def run_graph(
     listener : Listener
         Told of starts, progress and epochs.
     recovery : Recovery
-        How often to start again where the scheduler cannot go on by itself.
+        When workers are given up, and how often to start again where the scheduler cannot go on
+        by itself.
     restore_blocks : callable
         Puts blocks that only the client can make again back on the cluster.
 
@@ -86,18 +95,25 @@ def run_graph(
         One, with the trained state.
     bool
         Whether Ctrl-C ended the run.
+
+    Raises
+    ------
+    WorkerLost
+        If workers were lost and `recovery` says not to go on.
+    ClusterError
+        If the scheduler is gone, or other trainings keep the workers for too long.
     """
     run = _GraphRun(
         payload,
         client=client,
+        seating=seating,
         listener=listener,
         recovery=recovery,
         restore_blocks=restore_blocks,
     )
     try:
-        run.compare_workers([worker.address for worker in seating.workers])
-        listener.on_start()
-        return [run.train()], run.interrupted
+        with run.at_work():
+            return [run.train()], run.interrupted
     except RankFailed as error:
         # A future refers to its error, and the error to the frames that hold the run's futures.
         traceback.clear_frames(error.__traceback__)
@@ -111,8 +127,8 @@ def run_graph(
             traceback=error.traceback,
         )
         return [outcome], run.interrupted
-    finally:
-        run.close()
+    except KeyboardInterrupt:
+        return [], True
 
 
 class _GraphRun:
@@ -121,6 +137,7 @@ class _GraphRun:
         payload: RankPayload,
         *,
         client: Client,
+        seating: Seating,
         listener: Listener,
         recovery: Recovery,
         restore_blocks: Callable[[], None],
@@ -130,18 +147,29 @@ class _GraphRun:
         self._validation = payload.validation
         self._client = client
         self._listener = listener
+        self._seating = seating
+        self._settings = payload.settings
         self._run_id = uuid.uuid4().hex[:12]
+        self._leases = Leases(client, self._run_id)
         self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
-        self._failures = 0
-        self._send_payload()
-        self._bitwise = True
         self._history: list[dict[str, float]] = []
-        self._latest: Snapshot
+        self._payload: Future[Any]
+        self._steps: StepTasks
+        self._latest: Snapshot | None = payload.start
         self._state: Future[Any]
-        self._start = payload.start
-        self._recovery = recovery
+        self._sent = False
         self._restore_blocks = restore_blocks
+        self._healing = Healing(client, recovery, listener)
+        self._watch = WorkerWatch(
+            client,
+            seating.workers,
+            self._run_id,
+            hang_timeout_s=recovery.hang_timeout_s,
+            start_timeout_s=payload.settings.start_timeout_s,
+            on_loss=self._note_loss,
+        )
+        self._waits = TaskWaits(client, self._watch)
         self._checkpointer = None
         if payload.checkpoint is not None:
             self._checkpointer = Checkpointer(
@@ -149,8 +177,35 @@ class _GraphRun:
                 configuration=payload.configuration | {"run_id": self._run_id},
                 on_event=self._tell,
             )
-        self.interrupted = False
         self._cut_short = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run."""
+        return self._waits.interrupted
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Have the workers for the length of a block; nothing of the run stays after it."""
+        try:
+            self._take_turns()
+            with self._watch:
+                yield
+        finally:
+            self._close()
+
+    def _take_turns(self) -> None:
+        """Wait until no other training has one of the workers: tasks may run on any of them."""
+        self._leases.wait_for(
+            list_workers(self._client),
+            self._settings.queue_timeout_s,
+            lambda others: self._listener.on_event(
+                Event(name="queued", time_s=time.time(), details={"workers": sorted(others)})
+            ),
+        )
+
+    def _note_loss(self, loss: Any) -> None:
+        self._healing.note(loss, self._latest.steps if self._latest is not None else 0)
 
     def _pass_on(self) -> None:
         """Tell, in this thread, what the thread that writes checkpoints had to tell."""
@@ -160,8 +215,10 @@ class _GraphRun:
     def _tell(self, name: str, details: dict[str, Any]) -> None:
         self._told.put(Event(name=name, time_s=time.time(), details=details))
 
-    def _send_payload(self) -> None:
-        self._payload = send(self._client, self._pickled, broadcast=True)
+    def _send(self) -> None:
+        """Put on the cluster what only the client has."""
+        failures = self._healing.failures
+        self._payload = self._waits.send(self._pickled, broadcast=True)
         self._steps = StepTasks(
             self._client,
             self._spec,
@@ -169,34 +226,50 @@ class _GraphRun:
             data=self._data,
             run_id=self._run_id,
             # A second attempt must not meet the tasks of the first.
-            suffix=f"-{self._failures}" if self._failures else "",
+            suffix=f"-{failures}" if failures else "",
         )
+        if self._latest is not None:
+            self._state = self._waits.send(self._latest)
+        self._sent = True
 
-    def compare_workers(self, addresses: list[str]) -> None:
-        """Check that the workers compute the same bits."""
-        self._bitwise = same_bits(
-            self._client, self._payload, self._run_id, addresses, refuse=self._spec.bitwise
+    def _begin(self) -> Snapshot:
+        """Compare what the workers compute, and give the state before the first step."""
+        first = self._latest
+        if first is None:
+            future = self._client.submit(
+                tasks.first_snapshot, self._payload, self._run_id, pure=False
+            )
+            first = self._waits.value(future, step=0)
+        present = set(self._watch.present)
+        canary, same = compare_bits(
+            self._client,
+            self._waits,
+            [worker.address for worker in self._seating.workers if worker.address in present],
+            payload=self._payload,
+            run_id=self._run_id,
+            spec=self._spec,
+            saved=first.canary,
+            is_present=lambda address: address in self._watch.present,
         )
+        begun = replace(first, canary=canary, bitwise=first.bitwise and same)
+        self._state = self._waits.send(begun)
+        return begun
 
     def train(self) -> RankOutcome:
         """Go through the epochs; Ctrl-C ends them with the last snapshot that is known."""
-        if self._start is None:
-            self._state = self._client.submit(
-                tasks.first_snapshot, self._payload, self._run_id, pure=False
-            )
-            self._latest = self._wait(self._state)
-        else:
-            self._latest = self._start
-            self._history = list(self._start.history)
-            self._state = send(self._client, self._start)
-        epoch_start = self._latest
+        begun = self._persist(self._begin)
+        self._latest = begun
+        self._history = list(begun.history)
+        self._listener.on_start()
+        epoch_start = begun
         self._cut_short = True  # until it is known how the run ended: what it reached is saved
         if self._checkpointer is not None:
             self._checkpointer.begin(self)
         status: Status = "stopped"
+        interrupted = False
         try:
-            for epoch in range(self._latest.epoch, self._spec.epochs):
-                epoch_start = self._latest
+            for epoch in range(begun.epoch, self._spec.epochs):
+                epoch_start = self.latest
                 record = self._run_epoch(epoch)
                 if record is None:
                     break
@@ -207,9 +280,9 @@ class _GraphRun:
             else:
                 status = "finished"
         except KeyboardInterrupt:
-            self.interrupted = True
-        self._cut_short = self.interrupted
-        snapshot = self._latest
+            interrupted = self._waits.interrupted = True
+        self._cut_short = interrupted or self.interrupted
+        snapshot = self.latest
         if snapshot.non_finite:
             status = "non_finite"
         finite = all(
@@ -228,48 +301,62 @@ class _GraphRun:
             state=kept.weights,
             optimizer_state=kept.optimizer,
             loss=snapshot.last_loss,
-            bitwise=self._bitwise,
+            bitwise=snapshot.bitwise,
             collective="tasks",
         )
 
     @property
+    def latest(self) -> Snapshot:
+        """The newest state that the client has."""
+        assert self._latest is not None  # noqa: S101  (since the run has begun)
+        return self._latest
+
+    @property
     def steps(self) -> int:
         """Steps completed over the whole run."""
-        return self._latest.steps
+        return self.latest.steps
 
     @property
     def epoch(self) -> int:
         """Epochs completed over the whole run."""
-        return self._latest.epoch
+        return self.latest.epoch
 
     def snapshot(self) -> Snapshot:
         """Give the latest state with the records of the finished epochs."""
-        return replace(self._latest, history=tuple(self._history))
+        return replace(self.latest, history=tuple(self._history))
 
-    def close(self) -> None:
-        """Let the workers forget the run."""
+    def _close(self) -> None:
+        """Save what is reached, and let the workers forget the run."""
         if self._checkpointer is not None:
             if self._cut_short:
                 self._checkpointer.save(self.snapshot())
             self._checkpointer.finish(self._pass_on)
             self._checkpointer.close()
         self._pass_on()
-        with contextlib.suppress(Exception):
-            self._client.run(tasks.forget_benches, self._run_id, on_error="ignore")
+        with contextlib.suppress(Exception):  # what ended the run says more
+            if self._client.status == "running":
+                self._leases.release()
+                ask_workers(
+                    self._client,
+                    tasks.forget_benches,
+                    self._watch.present,
+                    self._run_id,
+                    timeout_s=FORGET_S,
+                ).result(2 * FORGET_S)
 
     def _run_epoch(self, epoch: int) -> dict[str, float] | None:
         """Run one epoch from the latest snapshot; None if it was ended early."""
         plan = self._spec.plan(epoch)
-        started = time.perf_counter() - self._latest.seconds
+        started = time.perf_counter() - self.latest.seconds
         partials: list[list[Any]] = [[] for _ in range(self._spec.shards)]
-        samples = self._latest.samples
-        for first in range(self._latest.step, plan.num_steps, GROUP_STEPS):
+        samples = self.latest.samples
+        for first in range(self.latest.step, plan.num_steps, GROUP_STEPS):
             steps = range(first, min(first + GROUP_STEPS, plan.num_steps))
             found = self._persist(partial(self._run_group, plan, epoch, steps))
             for shard, part in enumerate(found):
                 partials[shard].append(part)
             samples += sum(plan.step_count(t) for t in steps)
-            snapshot = self._latest
+            snapshot = self.latest
             if snapshot.non_finite or (self.interrupted and steps.stop < plan.num_steps):
                 return None
             self._listener.on_progress(
@@ -285,7 +372,7 @@ class _GraphRun:
                 self._checkpointer.after_step(self)
             self._pass_on()
         seconds = time.perf_counter() - started
-        record = {"epoch": float(epoch), "loss": _mean_loss(self._latest)}
+        record = {"epoch": float(epoch), "loss": _mean_loss(self.latest)}
         record |= self._metrics(partials) | self._persist(self._validate)
         record |= {"samples_per_s": plan.num_samples / seconds, "seconds": seconds}
         self._persist(partial(self._end_epoch, record.get("val_loss", record["loss"])))
@@ -294,8 +381,7 @@ class _GraphRun:
     def _run_group(self, plan: Plan, epoch: int, steps: range) -> list[Any]:
         """Run some steps from the latest snapshot; give each shard's metrics."""
         state, found = self._steps.submit(plan, epoch, steps, self._state)
-        snapshot = self._wait(state)
-        partials: list[Any] = self._client.gather(found)
+        snapshot, *partials = self._waits.values([state, *found], step=self.latest.steps)
         self._steps.drop_before(steps.stop)
         self._state, self._latest = state, snapshot
         return partials
@@ -304,7 +390,7 @@ class _GraphRun:
         state = self._client.submit(
             tasks.end_epoch, self._payload, self._run_id, self._state, monitored, pure=False
         )
-        self._latest = self._wait(state)
+        self._latest = self._waits.value(state, step=self.latest.steps)
         self._state = state
 
     def _persist[T](self, work: Callable[[], T]) -> T:
@@ -315,38 +401,21 @@ class _GraphRun:
         """
         while True:
             try:
-                return work()
-            except (KilledWorker, FutureCancelledError, OSError) as error:
+                if not self._sent:
+                    if self._healing.failures:
+                        self._waits.apart(self._restore_blocks)
+                    self._send()
+                found = work()
+            except BROKEN as error:
                 if self._client.status != "running":
-                    message = f"the connection to the scheduler is {self._client.status}"
-                    raise ClusterError(message) from error
-                self._start_again(error)
-
-    def _start_again(self, error: BaseException) -> None:
-        """Put the latest snapshot, and what else only the client has, on the cluster anew."""
-        began = time.monotonic()
-        self._failures += 1
-        limit = self._recovery.max_failures
-        if limit is not None and self._failures > limit:
-            reason = f"{self._failures} failures, more than max_failures={limit}: {error}"
-            raise WorkerLost("", -1, reason) from error
-        try:
-            self._client.wait_for_workers(
-                self._recovery.min_workers, timeout=self._recovery.workers_timeout_s
-            )
-        except TimeoutError as late:
-            raise WorkerLost("", -1, f"{late}") from error
-        self._restore_blocks()
-        self._send_payload()
-        self._state = send(self._client, self._latest)
-        details = {
-            "lost": [],
-            "ranks": len(self._client.scheduler_info(n_workers=-1)["workers"]),
-            "step": self._latest.steps,
-            "seconds": time.monotonic() - began,
-            "reason": f"{error}",
-        }
-        self._listener.on_event(Event(name="recovered", time_s=time.time(), details=details))
+                    raise scheduler_lost(self._client) from error
+                self._sent = False
+                steps = 0 if self._latest is None else self._latest.steps
+                self._healing.count(error, steps)
+                self._healing.wait_until_able(self._watch)
+            else:
+                self._healing.tell(len(self._watch.present), self._latest)
+                return found
 
     def _metrics(self, partials: list[list[Any]]) -> dict[str, float]:
         if not self._spec.metrics:
@@ -366,27 +435,10 @@ class _GraphRun:
                 block,
                 pure=False,
             )
-            for block in BlockTasks(self._client, self._validation).all()
+            for block in BlockTasks(self._client, self._validation, self._run_id).all(self.steps)
         ]
-        merged = merge_named(self._client.gather(futures))
+        merged = merge_named(self._waits.values(futures, step=self.steps))
         return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
-
-    def _wait(self, future: Future[Any]) -> Any:
-        """Give a future's value; Ctrl-C leaves it a moment, for a step boundary to be reached."""
-        done = threading.Event()
-        future.add_done_callback(lambda _: done.set())
-        deadline: float | None = None
-        while not done.is_set():
-            if deadline is not None and time.monotonic() > deadline:
-                raise KeyboardInterrupt
-            try:
-                done.wait(POLL_S)
-            except KeyboardInterrupt:
-                if self.interrupted:
-                    raise
-                self.interrupted = True
-                deadline = time.monotonic() + STOP_S
-        return future.result()
 
 
 def _mean_loss(snapshot: Snapshot) -> float:

@@ -12,7 +12,6 @@ from dask_nn.collectives.tree import Node, fold_program
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.data.stream import Stream
-from dask_nn.errors import IncompatibleWorkers
 from dask_nn.training.layout import LeafLayout
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class StepTasks:
         self._client = client
         self._spec = spec
         self._payload = payload
-        self._blocks = BlockTasks(client, data)
+        self._blocks = BlockTasks(client, data, run_id)
         self._run_id = run_id
         self._suffix = suffix
         self._dtypes = batch_dtypes(spec.fields, LeafLayout(spec.model).floating)
@@ -97,7 +96,7 @@ class StepTasks:
                     self._run_id,
                     current,
                     part,
-                    [windows.future(shard, j) for j, _, _ in segments],
+                    [windows.future(shard, j, step) for j, _, _ in segments],
                 )
                 values.append(leaf)
                 leaves[shard].append(leaf)
@@ -106,10 +105,11 @@ class StepTasks:
                 self._payload, self._run_id, current, total, plan.step_count(t)
             )
         wanted = [current]
+        first = epoch * plan.num_steps + steps.start
         if self._spec.metrics:
             wanted += [
                 self._delayed("metric_partials", f"{epoch}-{steps.start}-{shard}")(
-                    self._payload, self._run_id, found
+                    self._payload, tasks.Place(self._run_id, first, shard), found
                 )
                 for shard, found in enumerate(leaves)
             ]
@@ -122,7 +122,9 @@ class StepTasks:
             return values[0]
         found = dict(enumerate(values))
         for number, (dst, left, right) in enumerate(self._additions):
-            found[dst] = self._delayed("add_leaves", f"{step}-{number}")(found[left], found[right])
+            found[dst] = self._delayed("add_leaves", f"{step}-{number}")(
+                tasks.Place(self._run_id, step), found[left], found[right]
+            )
         return found[len(values)]
 
     def _delayed(self, name: str, suffix: str) -> Any:
@@ -146,25 +148,33 @@ class BlockTasks:
         Of the cluster.
     data : tuple of tuple, or Stream
         For each block the Dask key of each field, or how blocks are computed.
+    run_id : str
+        The run.
     """
 
-    def __init__(self, client: Client, data: BlockSource) -> None:
+    def __init__(self, client: Client, data: BlockSource, run_id: str) -> None:
         self._client = client
+        self._run_id = run_id
         self._data = data
         self._starts = data.starts if isinstance(data, Stream) else []
 
-    def values(self, block: int) -> list[Future[Any]] | Future[Any]:
+    def values(self, block: int, *, step: int, shard: int = -1) -> list[Future[Any]] | Future[Any]:
         """Give the arrays of a block; a stream's are computed by a task, once for each call."""
         if not isinstance(self._data, Stream):
             return [Future(key, self._client) for key in self._data[block]]
+        place = self.place(step, shard)
         order = cloudpickle.dumps(self._data.one(block))
         shared: list[Any] = [Future(key, self._client) for key in self._data.shared]
-        return self._client.submit(tasks.compute_block, order, shared, pure=False)
+        return self._client.submit(tasks.compute_block, place, order, shared, pure=False)
 
-    def all(self) -> Iterator[list[Future[Any]] | Future[Any]]:
+    def place(self, step: int, shard: int) -> tasks.Place:
+        """Say for whom a task works."""
+        return tasks.Place(self._run_id, step, shard)
+
+    def all(self, step: int) -> Iterator[list[Future[Any]] | Future[Any]]:
         """Give every block."""
         number = len(self._data.recipes) if isinstance(self._data, Stream) else len(self._data)
-        return map(self.values, range(number))
+        return (self.values(block, step=step) for block in range(number))
 
 
 class _Windows:
@@ -185,14 +195,26 @@ class _Windows:
         self._dtypes = dtypes
         self._futures: dict[tuple[int, int], Future[Any]] = {}
 
-    def future(self, shard: int, j: int) -> Future[Any]:
-        """Give the future of a window's rows, in the order in which they are taken."""
+    def future(self, shard: int, j: int, step: int) -> Future[Any]:
+        """Give the future of a window's rows, in the order in which they are taken.
+
+        The step is the first that needs it.
+        """
         if (shard, j) not in self._futures:
             window = self.plan.windows(shard)[j]
             order: np.ndarray[Any, Any] = self.plan.window_order(shard, j)
-            blocks = [self._blocks.values(piece.block) for piece in window.pieces]
+            blocks = [
+                self._blocks.values(piece.block, step=step, shard=shard) for piece in window.pieces
+            ]
             self._futures[shard, j] = self._client.submit(
-                tasks.open_window, window, order, blocks, self._fields, self._dtypes, pure=False
+                tasks.open_window,
+                self._blocks.place(step, shard),
+                window,
+                order,
+                blocks,
+                self._fields,
+                self._dtypes,
+                pure=False,
             )
         return self._futures[shard, j]
 
@@ -201,34 +223,3 @@ class _Windows:
         for shard, j in list(self._futures):
             if self.plan.windows(shard)[j].stop <= t * self.plan.shard_batch_size:
                 del self._futures[shard, j]
-
-
-def same_bits(
-    client: Client, payload: Future[Any], run_id: str, addresses: list[str], *, refuse: bool
-) -> bool:
-    """Tell whether workers compute the same bits from the run's sample.
-
-    Raises
-    ------
-    IncompatibleWorkers
-        If they do not and such workers are to be refused; names them.
-    """
-    futures = [
-        client.submit(tasks.canary, payload, run_id, workers=[address], pure=False)
-        for address in addresses
-    ]
-    try:
-        digests = client.gather(futures)
-    finally:
-        for future in futures:
-            future.release()
-    different = [
-        address for address, digest in zip(addresses, digests, strict=True) if digest != digests[0]
-    ]
-    if different and refuse:
-        message = (
-            f"the same batch gives other bits on {', '.join(different)} than on {addresses[0]}; "
-            "use workers of one kind, or Synchronous(bitwise=False)"
-        )
-        raise IncompatibleWorkers(message)
-    return not different

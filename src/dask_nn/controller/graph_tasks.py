@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import threading
+import time
 import traceback
 from collections import OrderedDict
 from dataclasses import replace
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = [
+    "Place",
     "StepShard",
     "add_leaves",
+    "at_work",
     "canary",
     "compute_block",
     "end_epoch",
     "first_snapshot",
+    "forget_benches",
     "metric_partials",
     "open_window",
     "shard_gradient",
@@ -64,6 +68,14 @@ class StepShard(NamedTuple):
     rows: int
     step_count: int
     segments: tuple[tuple[int, int], ...]
+
+
+class Place(NamedTuple):
+    """For which step and shard of which run a task works; the shard is -1 if it is for all."""
+
+    run_id: str
+    step: int
+    shard: int = -1
 
 
 class Leaf(NamedTuple):
@@ -111,7 +123,26 @@ class _Bench:
 
 
 _benches: OrderedDict[tuple[int, str], _Bench] = OrderedDict()
+# By thread, the run and since when; by run, the seconds of its longest task here.
+_began: dict[int, tuple[str, float]] = {}
+_longest: dict[str, float] = {}
 _benches_lock = threading.Lock()
+
+
+def at_work(run_id: str) -> tuple[float, float]:
+    """Tell for how long this process's slowest task of a run has been at work.
+
+    Returns
+    -------
+    float
+        Seconds; 0 if none is at work.
+    float
+        What the longest task that ended took, in seconds; 0 before one has.
+    """
+    now = time.monotonic()
+    with _benches_lock:
+        began = min((at for run, at in _began.values() if run == run_id), default=now)
+        return now - began, _longest.get(run_id, 0.0)
 
 
 def first_snapshot(payload: bytes, run_id: str) -> Snapshot:
@@ -121,6 +152,7 @@ def first_snapshot(payload: bytes, run_id: str) -> Snapshot:
 
 
 def open_window(
+    place: Place,
     window: Window,
     order: Any,
     blocks: list[list[Any]],
@@ -131,22 +163,24 @@ def open_window(
     from dask_nn.data.batches import load_window, new_rows
     from dask_nn.data.reader import MemoryReader
 
-    numbered = Window(
-        window.start,
-        window.length,
-        tuple(piece._replace(block=place) for place, piece in enumerate(window.pieces)),
-    )
-    reader = MemoryReader([tuple(block) for block in blocks])
-    rows = new_rows(window.length, fields, dtypes)
-    load_window(numbered, order, reader, rows)
-    return rows
+    with _named(place):
+        numbered = Window(
+            window.start,
+            window.length,
+            tuple(piece._replace(block=n) for n, piece in enumerate(window.pieces)),
+        )
+        reader = MemoryReader([tuple(block) for block in blocks])
+        rows = new_rows(window.length, fields, dtypes)
+        load_window(numbered, order, reader, rows)
+        return rows
 
 
-def compute_block(order: bytes, shared: list[Any]) -> list[Any]:
-    """Compute a block of a stream."""
-    stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
-    values = stream.values | dict(zip(stream.shared, shared, strict=False))
-    return list(stream.compute(0, 0, values))
+def compute_block(place: Place, order: bytes, shared: list[Any]) -> list[Any]:
+    """Compute a block of a stream, for the step and shard that need it first."""
+    with _named(place):
+        stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
+        values = stream.values | dict(zip(stream.shared, shared, strict=False))
+        return list(stream.compute(0, 0, values))
 
 
 def shard_gradient(
@@ -157,7 +191,7 @@ def shard_gradient(
     windows: list[tuple[torch.Tensor, ...]],
 ) -> Leaf:
     """Compute one leaf from the weights and the rows of some windows."""
-    with _at_bench(payload, run_id, step=part.step) as bench:
+    with _at_bench(payload, run_id, step=part.step, shard=part.shard) as bench:
         flat = torch.zeros(bench.layout.size, dtype=bench.layout.dtype)
         if snapshot.non_finite:
             return Leaf(flat, None)
@@ -181,9 +215,10 @@ def shard_gradient(
         return Leaf(flat, output if bench.spec.metrics else None)
 
 
-def add_leaves(left: Leaf, right: Leaf) -> Leaf:
+def add_leaves(place: Place, left: Leaf, right: Leaf) -> Leaf:
     """Add two nodes of the tree."""
-    return Leaf(torch.add(left.flat, right.flat), None)
+    with _named(place):
+        return Leaf(torch.add(left.flat, right.flat), None)
 
 
 def update(
@@ -209,9 +244,9 @@ def update(
         )
 
 
-def metric_partials(payload: bytes, run_id: str, leaves: list[Leaf]) -> dict[str, Partial]:
-    """Update metrics with the outputs of one shard in some steps."""
-    with _at_bench(payload, run_id, step=-1) as bench:
+def metric_partials(payload: bytes, place: Place, leaves: list[Leaf]) -> dict[str, Partial]:
+    """Update metrics with the outputs of one shard in some steps, from the place's on."""
+    with _at_bench(payload, place.run_id, step=place.step, shard=place.shard) as bench:
         metrics = BufferedMetrics(bench.spec.metrics, bench.spec.heads)
         for leaf in leaves:
             if leaf.output is not None:
@@ -252,18 +287,38 @@ def canary(payload: bytes, run_id: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _at_bench(payload: bytes, run_id: str, *, step: int) -> Iterator[_Bench]:
-    """Work with this thread's bench; errors get the step, the worker and the traceback."""
-    try:
+def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Iterator[_Bench]:
+    """Work with this thread's bench."""
+    with _named(Place(run_id, step, shard)):
         bench = _find_bench(payload, run_id)
         with task_runtime(bench.spec.threads_per_rank, deterministic=bench.spec.bitwise):
             yield bench
+
+
+@contextlib.contextmanager
+def _named(place: Place) -> Iterator[None]:
+    """Do a task's work: it is seen while it lasts, and its error gets a place and a traceback.
+
+    Without that, an OSError of the user's code would look like one of the cluster.
+    """
+    thread, began = threading.get_ident(), time.monotonic()
+    with _benches_lock:
+        _began[thread] = (place.run_id, began)
+    try:
+        yield
     except DaskNNError:
         raise
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        where = f" (shard {place.shard})" if place.shard >= 0 else ""
+        message = f"{type(error).__name__}: {error}{where}"
         text = "".join(traceback.format_exception(error))
-        raise RankFailed(message, 0, step, get_worker().address, text) from None
+        address = get_worker().address
+        raise RankFailed(message, place.shard, place.step, address, text) from None
+    finally:
+        took = time.monotonic() - began
+        with _benches_lock:
+            del _began[thread]
+            _longest[place.run_id] = max(took, _longest.get(place.run_id, 0.0))
 
 
 def _find_bench(payload: bytes, run_id: str) -> _Bench:
@@ -284,3 +339,4 @@ def forget_benches(run_id: str) -> None:
     with _benches_lock:
         for key in [key for key in _benches if key[1] == run_id]:
             del _benches[key]
+        _longest.pop(run_id, None)
