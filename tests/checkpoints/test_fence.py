@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from tests.checkpoints.test_manager import WAIT_S, Told, content, steps_of, write
 
 from dask_nn import faults
 from dask_nn.checkpoints import fence as fence_module
@@ -21,7 +22,6 @@ from dask_nn.checkpoints.fence import CLAIM, Claim, Fence
 from dask_nn.checkpoints.manager import CheckpointManager
 from dask_nn.checkpoints.options import Checkpoint
 from dask_nn.checkpoints.storage import Storage
-from tests.checkpoints.test_manager import WAIT_S, Told, content, steps_of, write
 
 START = (0, 0)
 

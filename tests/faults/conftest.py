@@ -121,6 +121,11 @@ class Job:
 
 @pytest.fixture(scope="session")
 def job() -> Job:
+    return make_job()
+
+
+def make_job() -> Job:
+    """Make the job; processes that a test starts make their own."""
     rng = np.random.Generator(np.random.PCG64(7))
     X = rng.normal(size=(ROWS, 8)).astype(np.float32)
     X[:, 0] = np.arange(ROWS)
@@ -264,25 +269,30 @@ def dask_processes(tmp_path: Path) -> Iterator[Callable[[int], tuple[Any, list[A
         started.append(process)
         return process
 
-    def make(workers: int) -> tuple[Any, list[Any], str]:
-        file = tmp_path / "scheduler.json"
-        scheduler = launch(
-            "scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0",
-            "--scheduler-file", str(file),
+    def start_worker(address: str, threads: int = 1) -> subprocess.Popen[str]:
+        return launch(
+            "worker", address, "--no-nanny", "--nthreads", str(threads), "--no-dashboard",
+            "--death-timeout", "5", "--local-directory", str(tmp_path / "worker"),
         )  # fmt: skip
-        deadline = time.monotonic() + 20
+
+    def make(workers: int, port: int = 0) -> tuple[Any, list[Any], str]:
+        file = tmp_path / f"scheduler-{len(started)}.json"
+        scheduler = launch(
+            "scheduler", "--host", "127.0.0.1", "--port", str(port),
+            "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
         while not file.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         address = json.loads(file.read_text(encoding="utf-8"))["address"]
-        options = ("--no-nanny", "--nthreads", "1", "--no-dashboard", "--death-timeout", "5")
-        folder = ("--local-directory", str(tmp_path / "worker"))
-        found = [launch("worker", address, *options, *folder) for _ in range(workers)]
+        found = [start_worker(address) for _ in range(workers)]
         with Client(address, set_as_default=False) as client:
-            client.wait_for_workers(workers, timeout=30)
+            client.wait_for_workers(workers, timeout=60)
             pretend_cores(client, 8)
         return scheduler, found, address
 
+    make.start_worker = start_worker  # type: ignore[attr-defined]
     yield make
     for process in started:
         process.kill()

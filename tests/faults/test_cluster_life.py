@@ -135,8 +135,9 @@ def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, sa
 
 CLIENT = """
 import sys
-import numpy as np, torch
-from functools import partial
+sys.path.insert(0, sys.argv[3])
+import dask
+from conftest import BLOCK_ROWS, make_job
 from distributed import Client
 import dask_nn
 
@@ -145,25 +146,32 @@ class Tell(dask_nn.Callback):
         print("epoch", flush=True)
 
 def main():
-    X = np.random.default_rng(0).normal(size=(4000, 6)).astype("f4")
-    dask_nn.train(torch.nn.Linear(6, 3), X, np.zeros(4000, int), loss=torch.nn.CrossEntropyLoss(),
-                  optimizer=partial(torch.optim.SGD, lr=.01), epochs=100_000, batch_size=40,
-                  checkpoint=dask_nn.Checkpoint(sys.argv[2], every=1_000_000),
-                  client=Client(sys.argv[1]), callbacks=[Tell()])
+    with dask.config.set({"dask-nn.block-size": f"{BLOCK_ROWS * 32} B"}):
+        make_job().train(Client(sys.argv[1]), epochs=100_000, callbacks=[Tell()],
+                         checkpoint=dask_nn.Checkpoint(sys.argv[2], every=1_000_000))
 
 if __name__ == "__main__":
     main()
 """
 
 
-def test_a_client_that_is_killed(job, undisturbed, make_cluster, same_bits, tmp_path):
-    """The gang saves and frees its workers; the next training has them at once."""
+def resumed_epochs(folder: Path) -> int:
+    """Give a number of epochs above what is saved."""
+    newest = max(path.parent.name for path in folder.glob("epoch-*/manifest.json"))
+    return int(newest.rsplit("-", 1)[1]) // 30 + 2
+
+
+def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bits, tmp_path):
+    """The gang saves and frees its workers; what it saved goes on, and so does the cluster."""
     client = make_cluster(2)
+    written = ledger(client)
+    slow_down(client, tmp_path, 0.02)
     script = tmp_path / "client.py"
     script.write_text(CLIENT)
     folder = tmp_path / "run"
+    here = str(Path(__file__).parent)
     with subprocess.Popen(
-        [sys.executable, str(script), client.scheduler.address, str(folder)],
+        [sys.executable, str(script), client.scheduler.address, str(folder), here],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
@@ -179,11 +187,18 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, same_bits, tmp_
     while not list(folder.glob("epoch-*/manifest.json")):  # written by a thread that they left
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    (saved,) = folder.glob("epoch-*")
+    steps = int(saved.name.rsplit("-", 1)[1])
+    order = {place: rows for place, rows in job.order(steps // 30 + 1).items() if place[0] < steps}
+    assert written.check(order)["repeated"] == 0
+    epochs = resumed_epochs(folder)
+    resumed = job.train(None, epochs=epochs, checkpoint=folder, resume=True)
+    same_bits(resumed, job.train(None, epochs=epochs))
     same_bits(job.train(client), undisturbed)
 
 
-def test_a_scheduler_that_is_killed(job, undisturbed, same_bits, dask_processes, tmp_path):
-    """Client and ranks end within the deadline; the checkpoint goes on elsewhere."""
+def test_a_scheduler_that_is_killed_and_started_again(job, same_bits, dask_processes, tmp_path):
+    """Client and ranks end within the deadline; the run goes on at the scheduler's next life."""
     scheduler, workers, address = dask_processes(2)
     folder = tmp_path / "run"
 
@@ -193,17 +208,46 @@ def test_a_scheduler_that_is_killed(job, undisturbed, same_bits, dask_processes,
                 os.kill(scheduler.pid, signal.SIGKILL)
 
     with Client(address, set_as_default=False) as client:
+        slow_down(client, tmp_path, 0.01)
         began = time.monotonic()
         with pytest.raises(ClusterError, match="connection to the scheduler"):
             job.train(client, epochs=10_000, checkpoint=folder, callbacks=[Kill()])
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
     for worker in workers:
-        worker.wait(timeout=PATIENCE_S)
-    longer = job.train(None, epochs=60)
-    kept = sorted(path.name for path in folder.glob("epoch-*"))
-    saved_epochs = int(kept[-1].split("-")[1])
-    assert saved_epochs < 60, "the run went on for too long after its scheduler"
-    same_bits(job.train(None, epochs=60, checkpoint=folder, resume=True), longer)
+        worker.wait(timeout=2 * PATIENCE_S)
+    epochs = resumed_epochs(folder)
+    assert epochs < 60, "the run went on for too long after its scheduler"
+    scheduler.wait(timeout=PATIENCE_S)
+    _, _, again = dask_processes(2, port=int(address.rsplit(":", 1)[1]))
+    assert again == address
+    with Client(again, set_as_default=False) as client:
+        resumed = job.train(client, epochs=epochs, checkpoint=folder, resume=True)
+    same_bits(resumed, job.train(None, epochs=epochs))
+
+
+def test_a_replacement_with_more_threads(
+    job, undisturbed, dask_processes, ledger, same_bits, heard_with, tmp_path
+):
+    """The threads of a rank are part of the run; those of its worker are not."""
+    _, workers, address = dask_processes(2)
+
+    def replace() -> None:
+        dask_processes.start_worker(address, threads=4)
+
+    heard = heard_with(first_step=workers[0].kill, worker_lost=replace)
+    with Client(address, set_as_default=False) as client:
+        written = ledger(client)
+        slow_down(client, tmp_path, 0.02)
+        # It goes on only once the other one is there.
+        recovery = dask_nn.Recovery(replacement_timeout_s=100)
+        result = job.train(client, callbacks=[heard], recovery=recovery)
+        threads = client.run(lambda dask_worker: dask_worker.state.nthreads)
+    same_bits(result, undisturbed)
+    assert result.bitwise
+    written.check(job.order())
+    assert sorted(threads.values()) == [1, 4]
+    assert heard.named("recovered")[-1].details["ranks"] == 2
+    assert not heard.named("worker-refused")
 
 
 def test_nothing_of_a_run_stays_on_the_scheduler(job, make_cluster):

@@ -83,70 +83,99 @@ def test_all_at_once_without_a_checkpoint_begins_anew(
 
 
 def test_a_stopped_process_is_given_up_and_changes_nothing_when_it_wakes_up(
-    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+    job, undisturbed, make_cluster, ledger, same_bits, heard_with, tmp_path
 ):
     client = make_cluster(2)
+    written = ledger(client)
     stopped = pids(client)
-    mark = fail_at(client, 1, 30, "forward", action="stop", folder=tmp_path)
 
     def wake_up() -> None:
         for pid in stopped.values():
             os.kill(pid, signal.SIGCONT)
 
     # It wakes up while the others train on.
-    install_pause = Fault(point="applied", step=45, action="sleep", seconds=1.0)
-    install(
-        client, [Fault(point="forward", rank=1, step=30, action="stop"), install_pause], tmp_path
-    )
+    stop = Fault(point="forward", rank=1, step=30, action="stop")
+    pause = Fault(point="applied", step=45, action="sleep", seconds=1.0)
+    install(client, [stop, pause], tmp_path)
     heard = heard_with(recovered=wake_up)
     began = time.monotonic()
     result = job.train(
         client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
     )
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     same_bits(result, undisturbed)
+    assert written.check(job.order())["repeated"] <= 2 * 4
     (hung,) = heard.named("worker-hung")
     assert hung.details["rank"] == 1
-    del mark
 
 
 def test_a_dead_lock_in_the_users_code_is_given_up(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
 ):
     client = make_cluster(2)
+    written = ledger(client)
     fail_at(client, 1, 30, "forward", action="sleep", seconds=60, folder=tmp_path)
     result = job.train(
         client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
     )
     same_bits(result, undisturbed)
+    written.check(job.order())
     assert heard.named("worker-hung")
 
 
-def test_a_slow_worker_is_waited_for(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
+def test_a_slow_worker_is_waited_for(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+):
     client = make_cluster(2)
+    written = ledger(client)
     slow = Fault(point="forward", rank=1, action="sleep", seconds=0.02, every_time=True)
     install(client, [slow], tmp_path)
     result = job.train(
         client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=3, elastic=False)
     )
     same_bits(result, undisturbed)
+    assert written.check(job.order())["repeated"] == 0
     assert not heard.named("worker-hung")
     assert not heard.named("recovered")
 
 
+def test_a_slow_worker_is_given_up_past_the_deadline(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+):
+    """A rank gets five times its own longest step besides; what takes longer is given up."""
+    client = make_cluster(2)
+    written = ledger(client)
+    slow = Fault(point="forward", rank=1, action="sleep", seconds=0.02, every_time=True)
+    slower = Fault(point="forward", rank=1, step=40, action="sleep", seconds=100)
+    install(client, [slow, slower], tmp_path)
+    result = job.train(
+        client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=3, elastic=False)
+    )
+    same_bits(result, undisturbed)
+    written.check(job.order())
+    (hung,) = heard.named("worker-hung")
+    assert hung.details["rank"] == 1
+    assert hung.details["step"] == 40
+
+
 def test_the_nanny_ends_a_worker_that_takes_too_much_memory(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
 ):
     # A worker that only imported torch takes half a GiB and more, by the system's count.
     client = make_cluster(2, memory_limit="3 GiB")
+    written = ledger(client)
     fail_at(client, 1, 30, "forward", action="memory", folder=tmp_path)
     result = job.train(client, callbacks=[heard])
     same_bits(result, undisturbed)
+    written.check(job.order())
     assert heard.named("worker-lost") or heard.named("worker-hung")
 
 
-def test_a_worker_that_is_retired(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
+def test_a_worker_that_is_retired(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+):
     client = make_cluster(2)
+    written = ledger(client)
     # Slow enough that the run is under way when the worker goes.
     pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
     install(client, [pause], tmp_path)
@@ -162,6 +191,8 @@ def test_a_worker_that_is_retired(job, undisturbed, make_cluster, same_bits, hea
 
     result = job.train(client, callbacks=[heard, Retire()])
     same_bits(result, undisturbed)
+    # Its rank reached a step boundary: nothing was begun in vain.
+    assert written.check(job.order())["reapplied"] == 0
     assert heard.named("recovered") or heard.named("resized")
     assert address not in pids(client)
 
@@ -188,9 +219,10 @@ def test_a_replacement_takes_its_shards_from_a_peer(
 
 
 def test_a_worker_that_dies_while_it_copies_the_state(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
 ):
     client = make_cluster(2)
+    written = ledger(client)
     install(
         client,
         [
@@ -202,13 +234,15 @@ def test_a_worker_that_dies_while_it_copies_the_state(
     )
     result = job.train(client, callbacks=[heard])
     same_bits(result, undisturbed)
+    written.check(job.order())
     assert len(heard.named("worker-lost")) == 2
 
 
 def test_the_peer_that_serves_the_state_dies(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
 ):
     client = make_cluster(3)
+    written = ledger(client)
     install(
         client,
         [
@@ -220,6 +254,7 @@ def test_the_peer_that_serves_the_state_dies(
     )
     result = job.train(client, callbacks=[heard])
     same_bits(result, undisturbed)
+    written.check(job.order())
     assert len(heard.named("worker-lost")) >= 2
 
 
@@ -330,17 +365,3 @@ def test_a_rank_is_not_started_twice(job, make_cluster, heard, tmp_path):
     future = client.submit(worker_side.run_rank, payload, seats[0], workers=[seats[0].address])
     with pytest.raises(RuntimeError, match="running already"):
         future.result(timeout=10)
-
-
-def test_the_graph_engine_survives_a_kill(job, undisturbed, make_cluster, same_bits, heard):
-    client = make_cluster(2)
-    victims = sorted(pids(client).values())
-
-    class Kill(dask_nn.Callback):
-        def on_epoch_end(self, record: Any) -> None:
-            if victims:
-                os.kill(victims.pop(), signal.SIGKILL)
-                victims.clear()
-
-    result = job.train(client, engine="graph", callbacks=[heard, Kill()])
-    same_bits(result, undisturbed)

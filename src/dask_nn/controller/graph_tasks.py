@@ -309,10 +309,10 @@ def _named(place: Place) -> Iterator[None]:
     except DaskNNError:
         raise
     except Exception as error:
-        where = f" (shard {place.shard})" if place.shard >= 0 else ""
-        message = f"{type(error).__name__}: {error}{where}"
+        message = f"{type(error).__name__}: {error}"
         text = "".join(traceback.format_exception(error))
         address = get_worker().address
+        # Tasks have no rank; a shard's task does what the rank of that shard would.
         raise RankFailed(message, place.shard, place.step, address, text) from None
     finally:
         took = time.monotonic() - began

@@ -278,7 +278,8 @@ class Ledger:
         """Compare with the samples that each (step, shard) shall have.
 
         Every step must have been completed, every shard of it computed with exactly its samples,
-        however often: an attempt that was cut short is repeated, never changed.
+        however often: an attempt that was cut short is repeated, never changed. No process may
+        have applied a step twice: a rank that lives has its completed steps.
 
         Parameters
         ----------
@@ -288,25 +289,16 @@ class Ledger:
         Returns
         -------
         dict of str to int
-            ``computed`` and ``repeated`` shards.
+            ``computed`` and ``repeated`` shards; ``reapplied``, the (step, rank) that were applied
+            once more, by another process: what a rank completed that died before any other had.
 
         Raises
         ------
         AssertionError
-            Names the first gap, or the first shard with other samples.
+            Names the first gap, the first shard with other samples, or the first step that a
+            process applied twice.
         """
-        computed: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
-        applied = set()
-        for path in sorted(self.folder.glob("ledger-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a process that was killed
-                if entry[0] == "computed":
-                    computed[entry[1], entry[2]].append(entry[3])
-                else:
-                    applied.add(entry[1])
+        computed, applied = self._read()
         for place, rows in expected.items():
             attempts = computed.pop(place, [])
             if rows and not attempts:
@@ -320,4 +312,37 @@ class Ledger:
         if unknown:
             raise AssertionError(f"computed without being asked for: {sorted(unknown)[:3]}")
         total = sum(map(len, computed.values()))
-        return {"computed": total, "repeated": total - sum(map(bool, expected.values()))}
+        return {
+            "computed": total,
+            "repeated": total - sum(map(bool, expected.values())),
+            "reapplied": _count_reapplied(applied),
+        }
+
+    def _read(
+        self,
+    ) -> tuple[dict[tuple[int, int], list[list[int]]], dict[int, list[tuple[int, str]]]]:
+        """Give the samples of each attempt at a (step, shard), and who applied each step."""
+        computed = defaultdict(list)
+        applied = defaultdict(list)
+        for path in sorted(self.folder.glob("ledger-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a process that was killed
+                if entry[0] == "computed":
+                    computed[entry[1], entry[2]].append(entry[3])
+                else:
+                    applied[entry[1]].append((entry[2], path.stem))
+        return computed, applied
+
+
+def _count_reapplied(applied: dict[int, list[tuple[int, str]]]) -> int:
+    """Count the (step, rank) that several processes applied; none may do so twice."""
+    again = 0
+    for step, done in sorted(applied.items()):
+        processes = {process for _, process in done}
+        if len(processes) < len(done):
+            raise AssertionError(f"step {step} was applied twice by one process")
+        again += len(done) - len({rank for rank, _ in done})
+    return again
