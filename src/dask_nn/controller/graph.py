@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from distributed import Client, Future
 
+    from dask_nn.controller.block_fetch import BlockSource
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.listening import Listener
     from dask_nn.controller.placement import Seating
@@ -167,7 +168,8 @@ class _GraphRun:
             self._run_id,
             hang_timeout_s=recovery.hang_timeout_s,
             start_timeout_s=payload.settings.start_timeout_s,
-            on_loss=self._note_loss,
+            # Nothing here may refer to this object: a cycle would keep its futures.
+            on_loss=self._healing.note,
         )
         self._waits = TaskWaits(client, self._watch)
         self._checkpointer = None
@@ -203,9 +205,6 @@ class _GraphRun:
                 Event(name="queued", time_s=time.time(), details={"workers": sorted(others)})
             ),
         )
-
-    def _note_loss(self, loss: Any) -> None:
-        self._healing.note(loss, self._latest.steps if self._latest is not None else 0)
 
     def _pass_on(self) -> None:
         """Tell, in this thread, what the thread that writes checkpoints had to tell."""
@@ -373,7 +372,7 @@ class _GraphRun:
             self._pass_on()
         seconds = time.perf_counter() - started
         record = {"epoch": float(epoch), "loss": _mean_loss(self.latest)}
-        record |= self._metrics(partials) | self._persist(self._validate)
+        record |= self._metrics(partials) | self._validation_metrics()
         record |= {"samples_per_s": plan.num_samples / seconds, "seconds": seconds}
         self._persist(partial(self._end_epoch, record.get("val_loss", record["loss"])))
         return record
@@ -399,6 +398,7 @@ class _GraphRun:
         The scheduler computes again what a lost worker had computed. It gives up where data was
         lost that was sent, not computed, or where a task was on too many workers that died.
         """
+        self._healing.steps = 0 if self._latest is None else self._latest.steps
         while True:
             try:
                 if not self._sent:
@@ -410,11 +410,10 @@ class _GraphRun:
                 if self._client.status != "running":
                     raise scheduler_lost(self._client) from error
                 self._sent = False
-                steps = 0 if self._latest is None else self._latest.steps
-                self._healing.count(error, steps)
+                self._healing.count(error)
                 self._healing.wait_until_able(self._watch)
             else:
-                self._healing.tell(len(self._watch.present), self._latest)
+                self._healing.tell(len(self._watch.present))
                 return found
 
     def _metrics(self, partials: list[list[Any]]) -> dict[str, float]:
@@ -423,9 +422,14 @@ class _GraphRun:
         merged = merge_named([merge_named(parts) for parts in partials])
         return compute(self._spec.metrics, merged)
 
-    def _validate(self) -> dict[str, float]:
+    def _validation_metrics(self) -> dict[str, float]:
         if self._validation is None:
             return {}
+        merged = merge_named(self._persist(partial(self._validate, self._validation)))
+        return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
+
+    def _validate(self, data: BlockSource) -> list[Any]:
+        """Give the partial metrics of every block of the validation data."""
         futures = [
             self._client.submit(
                 tasks.validate_block,
@@ -435,10 +439,9 @@ class _GraphRun:
                 block,
                 pure=False,
             )
-            for block in BlockTasks(self._client, self._validation, self._run_id).all(self.steps)
+            for block in BlockTasks(self._client, data, self._run_id).all(self.steps)
         ]
-        merged = merge_named(self._waits.values(futures, step=self.steps))
-        return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
+        return self._waits.values(futures, step=self.steps)
 
 
 def _mean_loss(snapshot: Snapshot) -> float:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.graph_watch import Loss, WorkerWatch
     from dask_nn.controller.listening import Listener
-    from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["Healing"]
 
@@ -33,6 +32,13 @@ class Healing:
         How often to start again.
     listener : Listener
         Told of workers that were lost, and of how the run went on.
+
+    Attributes
+    ----------
+    steps : int
+        Steps completed by now.
+    failures : int
+        What the scheduler could not heal, so far.
     """
 
     def __init__(self, client: Client, recovery: Recovery, listener: Listener) -> None:
@@ -42,11 +48,12 @@ class Healing:
         self._lost: list[str] = []
         self._broken_at: float | None = None
         self._reason = ""
-        self._steps = -1
+        self._failed_at = -1
         self._same_step = 0
+        self.steps = 0
         self.failures = 0
 
-    def note(self, loss: Loss, steps: int) -> None:
+    def note(self, loss: Loss) -> None:
         """Tell that a worker is gone."""
         if self._broken_at is None:
             self._broken_at = time.monotonic()
@@ -54,17 +61,21 @@ class Healing:
         self._reason = self._reason or loss.reason
         # No worker has a rank here: any may do the tasks of all shards.
         self._tell(
-            f"worker-{loss.kind}", address=loss.address, rank=-1, step=steps, reason=loss.reason
+            f"worker-{loss.kind}",
+            address=loss.address,
+            rank=-1,
+            step=self.steps,
+            reason=loss.reason,
         )
 
-    def count(self, error: BaseException, steps: int) -> None:
-        """Count a failure that the scheduler could not heal, at some step."""
+    def count(self, error: BaseException) -> None:
+        """Count a failure that the scheduler could not heal."""
         if self._broken_at is None:
             self._broken_at = time.monotonic()
         self._reason = f"{error}" or repr(error)
         self.failures += 1
-        self._same_step = self._same_step + 1 if steps == self._steps else 1
-        self._steps = steps
+        self._same_step = self._same_step + 1 if self.steps == self._failed_at else 1
+        self._failed_at = self.steps
 
     def wait_until_able(self, watch: WorkerWatch) -> None:
         """Wait until there are workers to go on with.
@@ -96,7 +107,7 @@ class Healing:
                 raise WorkerLost(address, -1, f"{action.reason}; the last was: {self._reason}")
             time.sleep(LOOK_S)
 
-    def tell(self, able: int, latest: Snapshot | None) -> None:
+    def tell(self, able: int) -> None:
         """Tell that the run goes on, if something had happened."""
         if self._broken_at is None:
             return
@@ -104,7 +115,7 @@ class Healing:
             "recovered",
             lost=self._lost,
             ranks=able,
-            step=0 if latest is None else latest.steps,
+            step=self.steps,
             seconds=time.monotonic() - self._broken_at,
             reason=self._reason,
         )

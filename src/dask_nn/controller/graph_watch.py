@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from dask_nn.controller import graph_tasks as tasks
 from dask_nn.controller.cluster import ask_workers, list_workers, scheduler_lost
 from dask_nn.controller.membership import Membership
+from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ LOOK_EVERY_S = 1.0
 TASK_FACTOR = 5.0
 # When a look comes so late, this process itself slept, and nobody else is to blame.
 LATE_S = 5.0
+# A scheduler that answers nothing for so long is gone.
+SILENT_S = 60.0
 
 
 class Loss(NamedTuple):
@@ -76,13 +79,13 @@ class WorkerWatch:
         self._membership = Membership(client, workers, threading.Event())
         self._asked: dict[str, Future[dict[str, Any]]] = {}
         self._present: dict[str, str] = {}
-        self._looked = 0.0
+        self._looked = self._heard = 0.0
 
     def __enter__(self) -> Self:
         """Begin to watch."""
         self._membership.__enter__()
         self._present = list_workers(self._client)
-        self._looked = time.monotonic()
+        self._looked = self._heard = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,7 +111,14 @@ class WorkerWatch:
         if now - self._looked < LOOK_EVERY_S:
             return
         late = now - self._looked > LATE_S
-        present = list_workers(self._client)
+        try:
+            present = list_workers(self._client)
+        except ClusterError:
+            if self._client.status != "running" or now - self._heard > SILENT_S:
+                raise
+            self._looked = time.monotonic()
+            return
+        self._heard = time.monotonic()
         for address, process in self._present.items():
             if present.get(address) != process:
                 self._asked.pop(address, None)
