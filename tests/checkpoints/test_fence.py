@@ -206,6 +206,14 @@ def test_a_process_that_works_hard_is_awake():
     watch.close()
 
 
+def test_a_process_that_never_stays_awake_does_not_wait_for_ever(monkeypatch):
+    watch = SleepWatch()
+    monkeypatch.setattr(watch, "awake_s", lambda: 0.0)
+    began = time.monotonic()
+    watch.stay_awake(0.1)
+    assert time.monotonic() - began >= 0.3
+
+
 STOPPED = """
 import sys
 sys.path.insert(0, sys.argv[2])

@@ -184,6 +184,7 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bi
     while any(client.run(ranks_at_work).values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    deadline = time.monotonic() + PATIENCE_S
     while not list(folder.glob("epoch-*/manifest.json")):  # written by a thread that they left
         assert time.monotonic() < deadline
         time.sleep(0.1)

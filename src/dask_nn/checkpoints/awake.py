@@ -9,7 +9,9 @@ __all__ = ["SleepWatch"]
 
 TICK_S = 0.5
 # A thread that gets no turn for so long belongs to a process that was stopped, or nearly.
-SLEPT_S = 1.5
+SLEPT_S = 3.0
+# On a machine that is overloaded for good nobody is ever awake for long: then it must do so.
+PATIENCE = 3
 
 
 class SleepWatch:
@@ -42,8 +44,12 @@ class SleepWatch:
         return time.monotonic() - self._woke if self._slept else float("inf")
 
     def stay_awake(self, seconds: float) -> None:
-        """Return once this process has been awake for so long, at once if it never slept."""
-        while (missing := seconds - self.awake_s()) > 0:
+        """Return once this process has been awake for so long, at once if it never slept.
+
+        If it sleeps again and again, the wait ends after three times as long.
+        """
+        deadline = time.monotonic() + PATIENCE * seconds
+        while (missing := seconds - self.awake_s()) > 0 and time.monotonic() < deadline:
             time.sleep(min(missing, TICK_S))
 
     def _run(self) -> None:
