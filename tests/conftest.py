@@ -12,15 +12,18 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
+from dask_nn.examples.mnist.digits import make_digits
+from dask_nn.examples.mnist.idx import write_idx
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - it is looked at, nothing is made in it
 LEFTOVER_PATIENCE_S = 2.0
@@ -44,6 +47,19 @@ def blobs() -> Blobs:
     y = rng.integers(0, 4, size=600)
     X = centres[y] + rng.normal(size=(600, 20))
     return Blobs(X.astype(np.float32), y.astype(np.int64))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 2,000 + 500 digits as the four IDX files."""
+    folder = tmp_path_factory.mktemp("data")
+    digits = make_digits(train=2_000, test=500)
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        images = getattr(digits, f"{part}_images").reshape(-1, 28, 28)
+        labels = getattr(digits, f"{part}_labels").astype(np.uint8)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +129,23 @@ def _no_leftovers() -> Iterator[None]:
         time.sleep(0.02)
     names = sorted(thread.name for thread in left_threads)
     pytest.fail(f"left behind: shared memory {sorted(left_files)}, threads {names}")
+
+
+def services_are_required() -> bool:
+    """Tell whether a service that cannot be had is a failure: where all of them were installed."""
+    return os.environ.get("DASK_NN_REQUIRE_SERVICES", "") not in {"", "0"}
+
+
+@pytest.fixture(scope="session")
+def unavailable() -> Callable[[str], NoReturn]:
+    """Skip a test whose service cannot be had, with the reason; fail where it is required."""
+
+    def leave(reason: str) -> NoReturn:
+        if services_are_required():
+            pytest.fail(f"DASK_NN_REQUIRE_SERVICES is set, and {reason}")
+        pytest.skip(reason)
+
+    return leave
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A folder of a few digits in MNIST's format, and the command in a process of its own."""
+"""The command in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,28 +7,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-
-from dask_nn.examples.mnist.digits import make_digits
-from dask_nn.examples.mnist.idx import write_idx
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 2,000 + 500 digits as the four IDX files."""
-    folder = tmp_path_factory.mktemp("data")
-    digits = make_digits(train=2_000, test=500)
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        images = getattr(digits, f"{part}_images").reshape(-1, 28, 28)
-        labels = getattr(digits, f"{part}_labels").astype(np.uint8)
-        write_idx(folder / f"{prefix}-images-idx3-ubyte", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
-    return folder
 
 
 @pytest.fixture

@@ -5,18 +5,6 @@ set -uo pipefail
 dir=$(realpath -m "$1")
 export SLURM_CONF="$dir/slurm.conf"
 
-stop() {
-  local file="$dir/run/$1.pid" pid
-  [ -s "$file" ] || return 0
-  pid=$(cat "$file")
-  kill "$pid" 2>/dev/null || return 0
-  for _ in $(seq 100); do
-    kill -0 "$pid" 2>/dev/null || return 0
-    sleep 0.05
-  done
-  kill -KILL "$pid" 2>/dev/null
-}
-
 if squeue -h >/dev/null 2>&1; then
   scancel --user="$(id -un)" 2>/dev/null
   for _ in $(seq 80); do
@@ -24,4 +12,16 @@ if squeue -h >/dev/null 2>&1; then
     sleep 0.1
   done
 fi
-for service in slurmd.n1 slurmd.n2 slurmctld munged; do stop "$service"; done
+
+pids=()
+for service in slurmd.n1 slurmd.n2 slurmctld munged; do
+  [ -s "$dir/run/$service.pid" ] && pids+=("$(cat "$dir/run/$service.pid")")
+done
+[ "${#pids[@]}" -eq 0 ] && exit 0
+kill "${pids[@]}" 2>/dev/null
+for _ in $(seq 60); do
+  kill -0 "${pids[@]}" 2>/dev/null || exit 0
+  sleep 0.05
+done
+kill -KILL "${pids[@]}" 2>/dev/null
+exit 0

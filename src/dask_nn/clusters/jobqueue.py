@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import format_bytes, parse_bytes
+from distributed import Security
 
 from dask_nn.clusters.batch_jobs import BatchJobs
+from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.walltime import walltime_s
@@ -195,9 +197,8 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     memory = request.memory or _configured(request.kind, "memory") or DEFAULT_MEMORY
     options["memory"] = format_bytes(parse_bytes(memory) * processes)
     options.setdefault("log_directory", str(folder))
-    options.setdefault("shared_temp_directory", str(folder))
-    if request.security is not None:
-        options["security"] = request.security
+    if isinstance(request.security, Security):
+        options["security"] = security_of_files(folder, pem_texts(request.security))
     if request.walltime is not None:
         options["walltime"] = request.walltime
     if request.kind == "htcondor":

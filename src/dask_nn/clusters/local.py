@@ -192,9 +192,9 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
 
 
 def _give_a_gpu_to_each(cluster: Any) -> None:
-    for number, spec in enumerate(cluster.worker_spec.values()):
+    for number, (name, spec) in enumerate(cluster.worker_spec.items()):
         env = {**spec["options"].get("env", {}), "CUDA_VISIBLE_DEVICES": str(number)}
-        spec["options"] = {**spec["options"], "env": env}
+        cluster.worker_spec[name] = {**spec, "options": {**spec["options"], "env": env}}
 
 
 async def _make(**options: Any) -> LocalCluster:

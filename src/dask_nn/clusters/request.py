@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dask.utils import parse_bytes
@@ -90,6 +90,11 @@ class ClusterRequest:
                 f"{self.security!r}"
             )
         _check_environment(self.env)
+        for name in self.options:
+            if name in {each.name for each in fields(self)}:
+                raise ConfigurationError(
+                    f"{name} is an argument of the cluster itself, not one of its options"
+                )
         seconds: Any = self.start_timeout_s
         if not (_is_number(seconds) and seconds > 0):
             raise ConfigurationError(f"start_timeout_s must be a positive number, got {seconds!r}")

@@ -186,12 +186,12 @@ def _worker_options(request: ClusterRequest) -> dict[str, Any]:
 def _tls_settings(files: dict[str, str]) -> dict[str, Any]:
     roles = ("client", "scheduler", "worker")
     settings = {
-        f"distributed.comm.tls.{role}.{part}": files[f"{role}-{part}"]
+        f"distributed.comm.tls.{role}.{part}": files[f"{role}_{part}"]
         for role in roles
         for part in ("cert", "key")
     }
     return {
         **settings,
-        "distributed.comm.tls.ca-file": files["ca-file"],
+        "distributed.comm.tls.ca-file": files["ca_file"],
         "distributed.comm.require-encryption": True,
     }

@@ -7,9 +7,9 @@ import json
 import shlex
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.clusters.certificates import pem_texts
 from dask_nn.clusters.optional import import_optional
 from dask_nn.errors import ClusterError
 
@@ -65,15 +65,9 @@ async def send_certificates(
     Returns
     -------
     dict
-        From ``"ca-file"``, ``"worker-cert"``, ``"worker-key"``, ... to paths, equal on all hosts.
+        From ``"ca_file"``, ``"worker_cert"``, ``"worker_key"``, ... to paths, equal on all hosts.
     """
-    texts = {"ca-file": _pem(security.get_tls_config_for_role("client")["ca_file"])}
-    for role in ("client", "scheduler", "worker"):
-        config = security.get_tls_config_for_role(role)
-        # The key may be in the file of the certificate.
-        texts |= {
-            f"{role}-{part}": _pem(config[part] or config["cert"]) for part in ("cert", "key")
-        }
+    texts = pem_texts(security)
     code = (
         "import json, os, pathlib, sys; os.umask(0o077); folder = pathlib.Path(sys.argv[1]); "
         "folder.mkdir(mode=0o700); "
@@ -128,8 +122,3 @@ async def _connected(host: Host) -> AsyncIterator[Any]:
         ) from error
     async with connection:
         yield connection
-
-
-def _pem(text_or_path: str | None) -> str:
-    text = text_or_path or ""
-    return text if "\n" in text else Path(text).read_text(encoding="ascii")

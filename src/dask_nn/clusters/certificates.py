@@ -1,0 +1,45 @@
+"""The certificates and keys of a cluster with TLS, as files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from distributed import Security
+
+__all__ = ["pem_texts", "security_of_files"]
+
+ROLES = ("client", "scheduler", "worker")
+
+
+def pem_texts(security: Security) -> dict[str, str]:
+    """Give all certificates and keys, whether the Security holds them itself or names files.
+
+    Returns
+    -------
+    dict
+        From ``"ca_file"``, ``"worker_cert"``, ``"worker_key"``, ... to PEM texts.
+    """
+    texts = {"ca_file": _text(security.get_tls_config_for_role("client")["ca_file"])}
+    for role in ROLES:
+        config = security.get_tls_config_for_role(role)
+        # The key may be in the file of the certificate.
+        texts |= {
+            f"{role}_{part}": _text(config[part] or config["cert"]) for part in ("cert", "key")
+        }
+    return texts
+
+
+def security_of_files(folder: Path, texts: dict[str, str]) -> Security:
+    """Write certificates and keys to a folder, for its owner alone to read, and name them there."""
+    for name, text in texts.items():
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+    paths = {f"tls_{name}": str(folder / name) for name in texts}
+    return Security(require_encryption=True, **paths)
+
+
+def _text(text_or_path: str | None) -> str:
+    text = text_or_path or ""
+    return text if "\n" in text else Path(text).read_text(encoding="ascii")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import dask_nn
+from dask_nn.clusters.open import KINDS
+from dask_nn.errors import ClusterError, ConfigurationError
+
+if TYPE_CHECKING:
+    from distributed import LocalCluster
+
+THREADS = {"processes": False, "dashboard_address": ":0"}
+
+
+def opened(kind: str, **options: Any) -> None:
+    with dask_nn.cluster(kind, **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [("slrum", "did you mean 'slurm'"), ("mainframe", "known are local, address, ssh")],
+)
+def test_an_unknown_kind_is_refused_with_those_that_exist(kind: str, hint: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"unknown kind of cluster '{kind}'; {hint}"):
+        opened(kind)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("slurm", "jobqueue"), ("ssh", "ssh")])
+def test_a_missing_package_is_answered_with_the_line_that_installs_it(
+    kind: str, extra: str
+) -> None:
+    """In an interpreter in which the package cannot be imported."""
+    package = {"slurm": "dask_jobqueue", "ssh": "asyncssh"}[kind]
+    code = (
+        "import sys\n"
+        f"sys.modules[{package!r}] = None\n"
+        "import dask_nn\n"
+        "try:\n"
+        f"    with dask_nn.cluster({kind!r}): pass\n"
+        "except dask_nn.errors.ConfigurationError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"pip install 'dask-nn[{extra}]'" in done.stdout
+
+
+def test_importing_it_needs_no_torch() -> None:
+    code = "import sys, dask_nn; dask_nn.cluster; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_every_kind_is_in_the_documentation_of_the_function() -> None:
+    assert [kind for kind in KINDS if f'"{kind}"' not in str(dask_nn.cluster.__doc__)] == []
+
+
+def test_a_local_cluster_scales_and_adapts() -> None:
+    with dask_nn.cluster(workers=1, **THREADS) as client:
+        client.cluster.scale(2)
+        client.wait_for_workers(2, timeout=20)
+    with dask_nn.cluster(adapt=(1, 2), **THREADS) as client:
+        assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+
+
+@pytest.mark.slow
+def test_a_local_cluster_trains_with_tls(small_job, small_sha256: str) -> None:
+    with dask_nn.cluster(workers=2, security=True, dashboard_address=":0") as client:
+        assert all(address.startswith("tls://") for address in client.run(os.getpid))
+        assert small_job.train(client).weights_sha256 == small_sha256
+
+
+def test_environment_variables_and_memory_reach_local_workers() -> None:
+    options = {"preload": (), "dashboard_address": ":0"}
+    with dask_nn.cluster(workers=1, memory="1 GB", env={"GREETING": "hello"}, **options) as client:
+        assert set(client.run(lambda: os.environ["GREETING"]).values()) == {"hello"}
+        (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
+        assert worker["memory_limit"] == 10**9
+
+
+def test_local_workers_see_one_gpu_each() -> None:
+    options = {"preload": (), "dashboard_address": ":0"}
+    with dask_nn.cluster(workers=2, gpus=1, **options) as client:
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+    assert sorted(seen.values()) == ["0", "1"]
+
+
+def test_an_option_that_a_local_cluster_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="qeue"):
+        opened("local", workers=1, qeue="debug", **THREADS)
+
+
+def test_a_running_cluster_is_used_by_its_address(threads_cluster2: LocalCluster) -> None:
+    address = threads_cluster2.scheduler_address
+    with dask_nn.cluster("address", address=address, workers=2) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+    with pytest.raises(ClusterError, match="2 of 3 workers were at"):
+        opened("address", address=address, workers=3, start_timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs address, the one that `dask scheduler` prints"),
+        ({"address": "tcp://10.0.0.5:8786", "cores": 2}, "cores would start some"),
+        ({"address": "tcp://10.0.0.5:8786", "queue": "gpu"}, "queue would start some"),
+        ({"address": "tls://10.0.0.5:8786", "security": True}, "the scheduler has its own"),
+    ],
+)
+def test_a_running_cluster_cannot_be_asked_to_start_workers(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        opened("address", **options)
+
+
+@pytest.mark.slow
+def test_a_scheduler_with_tls_is_reached_with_its_certificates() -> None:
+    with dask_nn.cluster(workers=1, security=True, **THREADS) as client:
+        address = client.scheduler_info()["address"]
+        options = {"address": address, "security": client.cluster.security}
+        with dask_nn.cluster("address", **options) as other:
+            assert other.submit(sum, [1, 2]).result() == 3
