@@ -19,7 +19,14 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)")
 PAGES = sorted(
     str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 )
-EXAMPLES = ["README.md", "docs/data.md", "docs/training.md", "docs/es/guia.md"]
+EXAMPLES = [
+    "README.md",
+    "docs/clusters/address.md",
+    "docs/clusters/local.md",
+    "docs/data.md",
+    "docs/es/guia.md",
+    "docs/training.md",
+]
 
 # The blocks run in the `__main__` of a program without a file, like cells of a notebook. Padding
 # keeps the line numbers of the page in tracebacks.
