@@ -9,78 +9,36 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from dask_nn.collectives.base import CELL_BYTES, LENGTH_BYTES, Communicator
+from dask_nn.collectives.region_layout import (
+    CELL_STRIDE,
+    FILLED,
+    FINISHED,
+    FOLDED,
+    LINE_WORDS,
+    MAPPED,
+    WRITTEN,
+    RegionLayout,
+    in_pages,
+)
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Iterable
 
+    from dask_nn.collectives.base import Communicator
+
 __all__ = ["FILLED", "FINISHED", "FOLDED", "MAPPED", "WRITTEN", "Region", "RegionLayout"]
 
-LINE_BYTES = 64
-LINE_WORDS = LINE_BYTES // 8
-PAGE_BYTES = 4096
-CELL_STRIDE = -(-(CELL_BYTES + LENGTH_BYTES + 8) // LINE_BYTES) * LINE_BYTES
-# Kinds of flags: slots filled, slice folded, cell written, memory mapped, result of a host there.
-FILLED, FOLDED, WRITTEN, MAPPED, FINISHED = range(5)
-NUM_KINDS = 5
 # A wait polls, then yields the processor, and sleeps only when it is already long.
 POLLS = 200
 YIELDS = 4000
 SLEEP_S = 50e-6
 CHECK_EVERY = 64
-
-
-def _in_pages(size_bytes: int) -> int:
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionLayout:
-    """Where in the memory everything is.
-
-    Parameters
-    ----------
-    members : int
-        Ranks that share the memory.
-    num_cells : int
-        Cells for messages.
-    num_slots : int
-        Slots for leaves.
-    slot_bytes : int
-        Size of one leaf.
-    """
-
-    members: int
-    num_cells: int
-    num_slots: int
-    slot_bytes: int
-
-    @property
-    def abort_word(self) -> int:
-        """Index of the word that tells who ended the exchange."""
-        return NUM_KINDS * self.members * LINE_WORDS
-
-    @property
-    def cells_at(self) -> int:
-        """Offset of the first cell; the flags end there."""
-        return _in_pages((NUM_KINDS * self.members + 1) * LINE_BYTES)
-
-    @property
-    def slots_at(self) -> int:
-        """Offset of the first slot."""
-        return self.cells_at + _in_pages(self.num_cells * CELL_STRIDE)
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the whole."""
-        return self.slots_at + self.num_slots * _in_pages(self.slot_bytes)
 
 
 class Region:
@@ -128,7 +86,7 @@ class Region:
 
     def slot(self, index: int, dtype: torch.dtype, size: int) -> torch.Tensor:
         """Give a slot as a tensor, shape (size,); it keeps the memory mapped."""
-        at = self._layout.slots_at + index * _in_pages(self._layout.slot_bytes)
+        at = self._layout.slots_at + index * in_pages(self._layout.slot_bytes)
         return torch.frombuffer(self._memory, dtype=dtype, count=size, offset=at)
 
     def write_cell(self, index: int, cell: bytes) -> None:

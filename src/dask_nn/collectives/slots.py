@@ -23,8 +23,8 @@ from dask_nn.collectives.region import (
     POLLS,
     WRITTEN,
     Region,
-    RegionLayout,
 )
+from dask_nn.collectives.region_layout import copies_of, is_sliced, layout_of_ranks
 from dask_nn.collectives.tree import Node, all_roots
 from dask_nn.errors import Aborted
 
@@ -80,13 +80,13 @@ class SlotCommunicator(Communicator):
         roots = all_roots(shards, self.world_size)
         nodes = [node for own in roots for node in own]
         leaf_bytes = leaf_size * dtype.itemsize
-        sliced = leaf_bytes > self.slice_above_bytes and self.world_size > 1
-        self._copies = 1 if sliced else 2
-        layout = RegionLayout(
-            members=self.world_size,
-            num_cells=2 * self.world_size,
-            num_slots=self._copies * len(nodes) + sliced,
-            slot_bytes=leaf_bytes,
+        sliced = is_sliced(leaf_bytes, self.world_size, self.slice_above_bytes)
+        self._copies = copies_of(sliced=sliced)
+        layout = layout_of_ranks(
+            shards=shards,
+            world_size=self.world_size,
+            leaf_bytes=leaf_bytes,
+            slice_above_bytes=self.slice_above_bytes,
         )
         self._region = region = Region(
             self,

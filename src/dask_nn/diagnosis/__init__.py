@@ -1,0 +1,1 @@
+"""Can this cluster train? Facts of all its processes, and what they mean."""
