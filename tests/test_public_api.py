@@ -13,6 +13,7 @@ PUBLIC = [
     "Synchronous",
     "TrainingResult",
     "cluster",
+    "doctor",
     "evaluate",
     "open_data",
     "predict",

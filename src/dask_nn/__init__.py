@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dask_nn.clusters.open import cluster
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.data.urls import open_data
+    from dask_nn.diagnosis.doctor import doctor
     from dask_nn.training.result import TrainingResult
     from dask_nn.training.strategies import Synchronous
 
@@ -28,6 +29,7 @@ _HOME = {
     "Synchronous": "dask_nn.training.strategies",
     "TrainingResult": "dask_nn.training.result",
     "cluster": "dask_nn.clusters.open",
+    "doctor": "dask_nn.diagnosis.doctor",
     "evaluate": "dask_nn.api",
     "open_data": "dask_nn.data.urls",
     "predict": "dask_nn.api",
@@ -41,6 +43,7 @@ __all__ = [
     "Synchronous",
     "TrainingResult",
     "cluster",
+    "doctor",
     "evaluate",
     "open_data",
     "predict",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import dask_nn
+from dask_nn.cli.doctor import doctor
 from dask_nn.cli.evaluate import evaluate
 from dask_nn.cli.interrupts import EXIT_INTERRUPTED
 from dask_nn.cli.mnist import mnist
@@ -46,7 +47,7 @@ def nn(*, debug: bool) -> None:
     """Train, evaluate and run PyTorch networks on Dask clusters."""
 
 
-for _command in (mnist, train, evaluate, predict):
+for _command in (mnist, train, evaluate, predict, doctor):
     nn.add_command(_command)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["measure_speed", "try_links"]
+__all__ = ["measure_speed", "refusal", "try_links"]
 
 ECHOES = 5
+UNANSWERED = "accepts connections and does not answer"
 
 
 async def try_links(
@@ -75,8 +76,8 @@ async def _try_link(server: Any, address: str, timeout_s: float) -> dict[str, An
         comm = await _open(server, address, timeout_s)
         return {"latency_s": await asyncio.wait_for(_latency(comm), timeout_s)}
     except Exception as error:
-        refusal = "" if comm is not None else await _refusal(address, timeout_s)
-        return {"problem": refusal or _unanswered(error), "connected": not refusal}
+        refused = "" if comm is not None else await refusal(address, timeout_s)
+        return {"problem": refused or _unanswered(error), "connected": not refused}
     finally:
         if comm is not None:
             comm.abort()
@@ -90,7 +91,7 @@ async def _open(server: Any, address: str, timeout_s: float) -> Any:
     return await asyncio.wait_for(connect(address, timeout=timeout_s, **arguments), timeout_s + 1)
 
 
-async def _refusal(address: str, timeout_s: float) -> str:
+async def refusal(address: str, timeout_s: float) -> str:
     """Say why a port accepts no connection at all; empty if it does."""
     from distributed.comm import parse_host_port
     from distributed.comm.addressing import parse_address
@@ -134,4 +135,4 @@ def _unanswered(error: BaseException | None) -> str:
     while error is not None:
         texts += [line for line in str(error).strip().splitlines()[:1] if line]
         error = error.__cause__
-    return "accepts connections and does not answer" + (f" ({texts[-1]})" if texts else "")
+    return UNANSWERED + (f" ({texts[-1]})" if texts else "")

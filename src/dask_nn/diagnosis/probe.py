@@ -66,7 +66,9 @@ async def describe_process(
     return await in_thread(_describe, tuple(modules), tuple(load), dask_worker)
 
 
-async def in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
+async def in_thread(  # noqa: UP047 - no Python before 3.12 reads type parameters
+    function: Callable[..., _Result], *arguments: Any
+) -> _Result:
     """Run a function beside the event loop, in a thread that ends with it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()

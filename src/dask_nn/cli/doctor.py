@@ -1,0 +1,133 @@
+"""``dask-nn doctor``: whether a cluster can train."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dask_nn.cli.interrupts import ending_at_once
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from distributed import Client
+    from rich.table import Table
+
+    from dask_nn.diagnosis.report import Report
+
+__all__ = ["doctor"]
+
+MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
+# What workers need to read data of a kind.
+READERS = {"zarr": ("zarr",), "parquet": ("pandas", "pyarrow"), "hdf5": ("h5py",)}
+
+
+@click.command
+@click.option("--scheduler", metavar="ADDRESS", help="Look at the cluster of this scheduler.")
+@click.option(
+    "--data", metavar="URL", help="Look at these blocks too: zarr:, parquet:, hdf5: or npy:."
+)
+@click.option(
+    "--parameters",
+    type=click.FloatRange(min=1),
+    default=1e7,
+    show_default=True,
+    help="Size of the model for which there shall be shared memory.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30,
+    show_default=True,
+    help="Seconds to wait for the answer to one question.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    *,
+    scheduler: str | None,
+    data: str | None,
+    parameters: float,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Look whether a cluster can train, and say what is wrong and how to mend it.
+
+    Without --scheduler a cluster is started on this machine. The exit code is 1 if training cannot
+    work, else 0.
+    """
+    with ending_at_once():
+        from dask_nn.diagnosis.examine import examine
+        from dask_nn.diagnosis.gather import silent_scheduler
+        from dask_nn.errors import SchedulerUnreachable
+
+    X = None if data is None else _open(data)
+    try:
+        with _client(scheduler, timeout_s) as client:
+            report = _examine(client, X, data, int(parameters), timeout_s)
+    except SchedulerUnreachable:
+        report = examine(silent_scheduler(scheduler or ""))
+    click.echo(report.as_json()) if as_json else _show(report)
+    if report.status == "fail":
+        ctx.exit(1)
+
+
+def _open(url: str) -> Any:
+    from dask_nn.data.urls import open_data
+
+    return open_data(url)
+
+
+def _client(scheduler: str | None, timeout_s: float) -> AbstractContextManager[Client]:
+    from dask_nn.clusters.connect import connect
+    from dask_nn.clusters.local import local_cluster
+
+    if scheduler is not None:
+        return closing(connect(scheduler, timeout_s=min(timeout_s, 10)))
+    return local_cluster()
+
+
+def _examine(client: Client, X: Any, url: str | None, parameters: int, timeout_s: float) -> Report:
+    from dask_nn.diagnosis.doctor import doctor as look
+
+    modules = READERS.get(url.partition(":")[0], ()) if url else ()
+    return look(X, client=client, modules=modules, parameters=parameters, timeout_s=timeout_s)
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(table(report))
+    count = {status: sum(line.status == status for line in report.lines) for status in MARKS}
+    verdict = {
+        "ok": "This cluster can train.",
+        "warn": "This cluster can train; see the warnings.",
+        "fail": "This cluster cannot train.",
+    }[report.status]
+    counted = ", ".join(f"{number} {status}" for status, number in count.items())
+    console.print(f"{verdict} [dim]{counted}[/]", style=MARKS[report.status][1])
+
+
+def table(report: Report) -> Table:
+    """Make a table with one row for each line, its remedy below."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"dask-nn doctor: {report.scheduler}")
+    found.add_column("", no_wrap=True)
+    found.add_column("check", no_wrap=True)
+    found.add_column("found", overflow="fold", ratio=1)
+    for line in report.lines:
+        mark, colour = MARKS[line.status]
+        text = Text(line.found)
+        if line.remedy:
+            text.append(f"\n→ {line.remedy}", style="cyan")
+        style = colour if line.status != "ok" else ""
+        found.add_row(Text(f"{mark} {line.status}", style=colour), Text(line.check, style), text)
+    return found

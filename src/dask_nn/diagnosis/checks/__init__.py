@@ -1,0 +1,1 @@
+"""What the facts mean, theme by theme: pure functions from facts to lines."""

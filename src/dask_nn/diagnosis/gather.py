@@ -1,0 +1,260 @@
+"""The one place that asks: client, scheduler and workers, every question with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.controller.cluster import ask_workers, in_loop, scheduler_address
+from dask_nn.diagnosis import links, probe
+from dask_nn.diagnosis.facts import Clock, ClusterFacts, DataFacts, Link, ProcessFacts
+from dask_nn.diagnosis.pairs import pairs_to_measure, targets_of
+from dask_nn.diagnosis.probe import describe_process, in_thread
+from dask_nn.diagnosis.read_data import with_places
+from dask_nn.diagnosis.shipping import Shipped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distributed import Client
+
+__all__ = ["gather", "silent_scheduler"]
+
+# What a rank and its worker import.
+RANK_MODULES = ("dask_nn.controller.worker_side", "dask_nn.training.rank_main")
+CONNECT_TIMEOUT_S = 3.0
+TRANSFER_BYTES = 4 << 20
+PINGS = 3
+QUESTIONS = 6
+
+
+def gather(
+    client: Client,
+    *,
+    X: Any = None,
+    data: DataFacts | None = None,
+    modules: Sequence[str] = (),
+    parameters: int = 10_000_000,
+    timeout_s: float = 30.0,
+) -> ClusterFacts:
+    """Ask a cluster for everything that the checks look at.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    X : collection, optional
+        Whose blocks may be held by workers.
+    data : DataFacts, optional
+        What is known of it.
+    modules : sequence of str
+        Packages that workers need for the data.
+    parameters : int
+        Size of the model to make room for.
+    timeout_s : float
+        Deadline of one question; those that are put to all workers are put at once.
+    """
+    address = scheduler_address(client)
+    if client.status == "closed":
+        return ClusterFacts(address=address, problem="the client is closed")
+    asker = _Asker(client, timeout_s)
+    try:
+        return in_loop(client, asker.ask(X, data, modules, parameters)).result(
+            QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S)
+        )
+    except TimeoutError:
+        return ClusterFacts(address=address, problem="it stopped to answer while it was asked")
+
+
+def silent_scheduler(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> ClusterFacts:
+    """Find out why nobody could connect to a scheduler."""
+    return ClusterFacts(address=address, problem=asyncio.run(_why_silent(address, timeout_s)))
+
+
+class _Asker:
+    """Puts the questions, in the client's event loop."""
+
+    def __init__(self, client: Client, timeout_s: float) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+
+    async def ask(
+        self, X: Any, data: DataFacts | None, modules: Sequence[str], parameters: int
+    ) -> ClusterFacts:
+        address = scheduler_address(self._client)
+        facts = ClusterFacts(address=address, parameters=parameters, timeout_s=self._timeout_s)
+        try:
+            began = time.monotonic()
+            async with asyncio.timeout(self._timeout_s):
+                scheduler: Any = self._client.scheduler
+                identity = await scheduler.identity(n_workers=-1)
+        except (OSError, TimeoutError):
+            return replace(facts, problem=await _why_silent(address, CONNECT_TIMEOUT_S))
+        facts = replace(
+            facts,
+            latency_s=time.monotonic() - began,
+            registered=tuple(identity["workers"]),
+            dashboard=self._client.dashboard_link if "dashboard" in identity["services"] else "",
+            now_s=time.time(),
+        )
+        here, there, reached, dashboard_problem = await asyncio.gather(
+            describe_process(modules, RANK_MODULES),
+            self._of_scheduler(probe, "describe_process"),
+            self._of_scheduler(links, "try_links", facts.registered, CONNECT_TIMEOUT_S),
+            in_thread(_read_page, facts.dashboard),
+        )
+        facts = replace(
+            facts,
+            client=ProcessFacts(**here),
+            scheduler=None if there is None else ProcessFacts(**there),
+            reached=_links(address, reached or {}),
+            dashboard_problem=dashboard_problem,
+        )
+        facts = await self._ask_workers(facts, modules)
+        if data is not None and X is not None:
+            data = await with_places(data, X, self._client, self._timeout_s)
+        return replace(facts, data=data)
+
+    async def _ask_workers(self, facts: ClusterFacts, modules: Sequence[str]) -> ClusterFacts:
+        able = [
+            address
+            for address in facts.registered
+            if address not in facts.reached or facts.reached[address].connected
+        ]
+        answers = await self._of_workers(
+            Shipped(probe, "describe_process"), able, tuple(modules), RANK_MODULES
+        )
+        workers = [ProcessFacts(**found) for found in answers.values() if isinstance(found, dict)]
+        facts = replace(
+            facts,
+            workers=tuple(workers),
+            silent={
+                address: facts.reached[address].problem
+                if address not in answers
+                else _silence(answers[address], self._timeout_s)
+                for address in facts.registered
+                if not isinstance(answers.get(address), dict)
+            },
+        )
+        awake = [worker.address for worker in workers]
+        facts = replace(facts, clocks=await self._clocks(awake))
+        facts = replace(facts, links=await self._links(facts, awake))
+        facts = replace(facts, speeds=await self._speeds(facts))
+        return replace(facts, fingerprints=await self._fingerprints(facts))
+
+    async def _of_scheduler(self, module: Any, name: str, *arguments: Any) -> dict[str, Any] | None:
+        """Call a function on the scheduler; None where that is not allowed, or fails."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer: dict[str, Any] = await self._client._run_on_scheduler(  # noqa: SLF001
+                    Shipped(module, name), *arguments
+                )
+        except Exception:
+            return None
+        return answer
+
+    async def _of_workers(
+        self, function: Any, addresses: Sequence[str], *arguments: Any
+    ) -> dict[str, Any]:
+        answers = ask_workers(
+            self._client, function, addresses, *arguments, timeout_s=self._timeout_s
+        )
+        return await asyncio.wrap_future(answers)
+
+    async def _clocks(self, addresses: Sequence[str]) -> dict[str, Clock]:
+        """Compare clocks; of several messages the fastest knows best."""
+        best: dict[str, Clock] = {}
+
+        async def ask(address: str) -> None:
+            began, at = time.monotonic(), time.time()
+            answer = (await self._of_workers(time.time, [address]))[address]
+            half = (time.monotonic() - began) / 2
+            if isinstance(answer, float) and (address not in best or half < best[address].error_s):
+                best[address] = Clock(offset_s=answer - at - half, error_s=half)
+
+        for _ in range(PINGS):
+            await asyncio.gather(*map(ask, addresses))
+        return best
+
+    async def _links(self, facts: ClusterFacts, awake: Sequence[str]) -> tuple[Link, ...]:
+        targets = targets_of(facts.registered)
+        function = Shipped(links, "try_links")
+        asked = [
+            self._of_workers(function, [address], targets[address], CONNECT_TIMEOUT_S)
+            for address in awake
+        ]
+        found: list[Link] = []
+        for answers in await asyncio.gather(*asked):
+            for address, answer in answers.items():
+                if isinstance(answer, dict):
+                    found += _links(address, answer).values()
+        return tuple(found)
+
+    async def _speeds(self, facts: ClusterFacts) -> dict[tuple[str, str], float]:
+        """Measure a few pairs, one after another: together they would share the network."""
+        function = Shipped(links, "measure_speed")
+        working = {(link.source, link.target) for link in facts.links if not link.problem}
+        found: dict[tuple[str, str], float] = {}
+        deadline = time.monotonic() + self._timeout_s
+        for source, target in pairs_to_measure(facts.workers, working):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            arguments = (target, TRANSFER_BYTES, min(left, CONNECT_TIMEOUT_S))
+            answer = (await self._of_workers(function, [source], *arguments))[source]
+            found[source, target] = answer if isinstance(answer, float) else 0.0
+        return found
+
+    async def _fingerprints(self, facts: ClusterFacts) -> dict[str, str]:
+        if facts.client.problems:
+            return {}
+        from dask_nn.diagnosis.canary import standard_fingerprint
+
+        able = [w.address for w in facts.workers if not w.spared and not w.problems]
+        here, answers = await asyncio.gather(
+            standard_fingerprint(), self._of_workers(standard_fingerprint, able)
+        )
+        return {"": here} | {a: found for a, found in answers.items() if isinstance(found, str)}
+
+
+async def _why_silent(address: str, timeout_s: float) -> str:
+    refused = await links.refusal(address, timeout_s)
+    return refused or f"something {links.UNANSWERED} as a Dask scheduler does"
+
+
+def _links(source: str, answers: dict[str, dict[str, Any]]) -> dict[str, Link]:
+    return {
+        target: Link(source=source, target=target, **answer) for target, answer in answers.items()
+    }
+
+
+def _silence(answer: Any, timeout_s: float) -> str:
+    if isinstance(answer, TimeoutError):
+        return f"hangs: no answer within {timeout_s:g} s"
+    if isinstance(answer, KeyError):
+        return "left the cluster"
+    return _first_line(answer)
+
+
+def _read_page(link: str) -> str:
+    """Read a page of the dashboard; say why that fails."""
+    if not link:
+        return ""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(link, timeout=CONNECT_TIMEOUT_S) as answer:
+            answer.read(1)
+    except urllib.error.HTTPError as error:
+        return f"HTTP status {error.code}"
+    except (OSError, ValueError) as error:
+        return _first_line(getattr(error, "reason", error))
+    return ""
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
