@@ -81,9 +81,10 @@ class Launcher:
     ) -> None:
         cluster.workers[name] = self._start(
             *before, sys.executable, "-m", "distributed.cli.dask_worker", cluster.address,
-            "--name", name, "--no-nanny", "--no-dashboard", "--host", "127.0.0.1",
+            "--name", name, "--no-nanny", "--no-dashboard",
             "--death-timeout", "60", "--local-directory", str(self._folder / name),
-            *(() if "--nthreads" in options else ("--nthreads", "1")), *options,
+            *(() if "--nthreads" in options else ("--nthreads", "1")),
+            *(() if "--listen-address" in options else ("--host", "127.0.0.1")), *options,
             environment=environment,
         )  # fmt: skip
 
@@ -136,7 +137,8 @@ def faulty(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Clus
         ATEN_CPU_CAPABILITY="default",
         SLURM_JOB_END_TIME=str(int(time.time()) - 3600),
     )
-    launcher.worker(cluster, "unreachable", "--contact-address", NOBODY)
+    addresses = ("--listen-address", "tcp://127.0.0.1:0", "--contact-address", NOBODY)
+    launcher.worker(cluster, "unreachable", *addresses)
     if namespaces():
         launcher.worker(
             cluster,

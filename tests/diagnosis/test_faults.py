@@ -90,7 +90,7 @@ def test_other_bits(report, named):
 def test_a_port_that_nobody_reaches(report, named):
     line = report["connections"]
     assert line.status == "fail"
-    assert f"the scheduler cannot reach {NOBODY}: Connection refused" in line.found
+    assert f"nobody reaches {NOBODY}: Connection refused (tried by " in line.found
     assert "--contact-address" in line.remedy
     pairs = {(broken["source"], broken["target"]) for broken in line.details["broken"]}
     assert (named["healthy"], NOBODY) in pairs
@@ -103,7 +103,7 @@ def test_a_port_that_nobody_reaches(report, named):
 def test_a_walltime_that_is_over(report, named):
     line = report["walltime"]
     assert line.status == "fail"
-    assert line.found.startswith(f"over: {named['odd']} 1")
+    assert line.found.startswith(f"over: {named['odd']} 60m")
     assert "(SLURM_JOB_END_TIME)" in line.found
     assert "longer walltime" in line.remedy
 
@@ -140,12 +140,12 @@ def test_a_worker_that_hangs_is_named_and_the_doctor_ends(faulty, faulty_client,
     process = faulty.workers["healthy"]
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        found = doctor(client=faulty_client, timeout_s=4)
+        found = doctor(client=faulty_client, timeout_s=3)
     finally:
         os.kill(process.pid, signal.SIGCONT)
     line = found["workers"]
     assert line.status == "fail"
-    assert f"{named['healthy']} (hangs: no answer within 4 s)" in line.found
+    assert f"{named['healthy']} (hangs: no answer within 3 s)" in line.found
     # The others are still looked at.
     assert found["walltime"].status == "fail"
 
@@ -186,7 +186,7 @@ def test_a_dead_scheduler(lonely_scheduler):
         lonely_scheduler.scheduler.kill()
         lonely_scheduler.scheduler.wait()
         began = time.monotonic()
-        found = doctor(client=client, timeout_s=5)
+        found = doctor(client=client, timeout_s=2)
         assert time.monotonic() - began < 60
     assert [line.check for line in found.lines] == ["scheduler"]
     (line,) = found.lines

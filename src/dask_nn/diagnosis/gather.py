@@ -183,10 +183,10 @@ class _Asker:
     async def _links(self, facts: ClusterFacts, awake: Sequence[str]) -> tuple[Link, ...]:
         targets = targets_of(facts.registered)
         function = Shipped(links, "try_links")
-        asked = [
-            self._of_workers(function, [address], targets[address], CONNECT_TIMEOUT_S)
-            for address in awake
-        ]
+        asked = []
+        for address in awake:
+            tried = [*targets[address], facts.address]
+            asked.append(self._of_workers(function, [address], tried, CONNECT_TIMEOUT_S))
         found: list[Link] = []
         for answers in await asyncio.gather(*asked):
             for address, answer in answers.items():

@@ -11,7 +11,7 @@ from distributed.comm import get_address_host
 from dask_nn.diagnosis.report import Line, fail, ok, some, warn
 
 if TYPE_CHECKING:
-    from dask_nn.diagnosis.facts import ClusterFacts, ProcessFacts
+    from dask_nn.diagnosis.facts import ClusterFacts, Link, ProcessFacts
 
 __all__ = [
     "check_clocks",
@@ -28,26 +28,26 @@ LARGE_SKEW_S = 1.0
 
 def check_connections(facts: ClusterFacts) -> Line:
     """Check that scheduler and workers can open connections to every worker's address."""
+    links = (*facts.reached.values(), *facts.links)
     broken = [
         {"source": link.source, "target": link.target, "problem": link.problem}
-        for link in (*facts.reached.values(), *facts.links)
+        for link in links
         if link.problem
     ]
     if broken:
         texts = [
-            f"{'the scheduler' if link['source'] == facts.address else link['source']} cannot "
-            f"reach {link['target']}: {link['problem']}"
-            for link in sorted(broken, key=lambda link: link["source"] != facts.address)
+            text
+            for target in dict.fromkeys(link["target"] for link in broken)
+            for text in _unreached([link for link in links if link.target == target], facts)
         ]
         remedy = (
             "open the workers' ports in the firewall (fix them with --worker-port FIRST:LAST), and "
             "let workers tell an address that all others reach: --contact-address, --interface"
         )
         return fail("connections", some(texts), remedy, broken=broken)
-    pairs = len(facts.links)
-    if not pairs and not facts.reached:
+    if not links:
         return ok("connections", "none to try", broken=[])
-    text = f"all of {pairs} from workers and {len(facts.reached)} from the scheduler"
+    text = f"{len(links)} tried between workers and the scheduler, all answer"
     return ok("connections", text, broken=[])
 
 
@@ -149,6 +149,20 @@ def check_clocks(facts: ClusterFacts) -> Line:
         return ok("clocks", "not compared: no worker answers", clocks=details)
     most = max(abs(clock.offset_s) + clock.error_s for clock in facts.clocks.values())
     return ok("clocks", f"at most {format_time(most)} apart", clocks=details)
+
+
+def _unreached(links: list[Link], facts: ClusterFacts) -> list[str]:
+    """Say who cannot reach one target: once, if it is everybody."""
+    broken = [link for link in links if link.problem]
+    target = "the scheduler" if links[0].target == facts.address else links[0].target
+    if len(broken) == len(links) > 1:
+        reasons = some(sorted({link.problem for link in broken}))
+        return [f"nobody reaches {target}: {reasons} (tried by {len(links)})"]
+    return [
+        f"{'the scheduler' if link.source == facts.address else link.source} cannot reach "
+        f"{target}: {link.problem}"
+        for link in broken
+    ]
 
 
 def _interface(worker: ProcessFacts) -> dict[str, Any]:

@@ -29,16 +29,19 @@ def check_processors(facts: ClusterFacts) -> Line:
         for worker in facts.workers
         if "ATEN_CPU_CAPABILITY" in worker.environment
     }
-    counts = Counter(kinds.values()).most_common()
+    # Where PyTorch is not loaded the level is not known, and the processor may be as any other.
+    names = {worker.processor for worker in facts.workers}
+    known = [w.address for w in facts.workers if w.capability or len(names) > 1]
+    counts = Counter(kinds[address] for address in known or kinds).most_common()
     if len(counts) > 1:
         usual = counts[0][0]
         others = [
             f"{address} has {kind}"
             + (f" (ATEN_CPU_CAPABILITY={forced[address]})" if address in forced else "")
-            for address, kind in kinds.items()
-            if kind != usual
+            for address in known
+            if (kind := kinds[address]) != usual
         ]
-        text = f"mixed: {usual} on {counts[0][1]} of {len(kinds)} workers, but {some(others)}"
+        text = f"mixed: {usual} on most workers, but {some(others)}"
         return warn("processor", text, SAME_KIND, processors=kinds, forced=forced)
     text = counts[0][0] if counts else "no workers"
     return ok("processor", text, processors=kinds, forced=forced)
