@@ -11,8 +11,10 @@ import time
 
 import dask.array as da
 import pytest
+from click.testing import CliRunner
 from distributed import Client, wait
 
+from dask_nn.cli.main import nn
 from dask_nn.diagnosis.doctor import doctor
 
 NOBODY = "tcp://127.0.0.1:9"
@@ -116,15 +118,8 @@ def test_what_is_in_order_is_said_to_be(report):
 
 def test_the_command_says_the_same_and_fails(faulty, faulty_client, report):
     """After the report: what is imported already is not imported again."""
-    command = [sys.executable, "-m", "dask_nn.cli.main", "doctor", "--json"]
-    done = subprocess.run(
-        [*command, "--scheduler", faulty.address],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
+    done = CliRunner().invoke(nn, ["doctor", "--json", "--scheduler", faulty.address])
+    assert done.exit_code == 1, done.output
     assert done.stderr == ""
     found = json.loads(done.stdout)
     assert found["status"] == "fail"

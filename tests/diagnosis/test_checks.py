@@ -1,0 +1,315 @@
+"""What the checks make of facts that no machine of a test has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dask_nn.diagnosis.checks.memory import needed_bytes
+from dask_nn.diagnosis.examine import examine
+from dask_nn.diagnosis.facts import Clock, ClusterFacts, DataFacts, Link, ProcessFacts
+from dask_nn.diagnosis.report import Report, fail, ok, some, warn
+
+GIB = 1 << 30
+FIRST, SECOND, SCHEDULER = "tcp://10.0.0.1:1111", "tcp://10.0.0.2:2222", "tcp://10.0.0.9:8786"
+VERSIONS = {
+    "python": "3.13.0",
+    "torch": "2.13.0",
+    "dask": "2026.8.0",
+    "distributed": "2026.8.0",
+    "numpy": "2.5.5",
+    "dask-nn": "0.1.0",
+}
+CARD = {"uuid": "GPU-1", "name": "NVIDIA H100", "memory_mib": 81_559}
+
+
+def worker(address: str, **changes: object) -> ProcessFacts:
+    host = address.rpartition(":")[0].partition("://")[2]
+    facts = ProcessFacts(
+        address=address,
+        hostname=host,
+        machine=host,
+        network=host,
+        versions=VERSIONS,
+        threads=1,
+        cores=2,
+        torch_threads=1,
+        environment={"OMP_NUM_THREADS": "1"},
+        memory_limit_bytes=8 * GIB,
+        used_bytes=GIB,
+        host_memory_bytes=16 * GIB,
+        shared_bytes=8 * GIB,
+        shared_free_bytes=8 * GIB,
+        shared_place=f"{host}-1",
+        scratch_free_bytes=100 * GIB,
+        libc="glibc 2.36",
+        processor="A processor",
+        architecture="x86_64",
+        capability="AVX2",
+        interfaces=[{"name": "eth0", "addresses": [host], "mbit_per_s": 1_000}],
+    )
+    return replace(facts, **changes)
+
+
+def cluster(first: dict | None = None, second: dict | None = None, **changes) -> ClusterFacts:
+    """Give two workers on two hosts, all in order but what is changed."""
+    workers = (worker(FIRST, **(first or {})), worker(SECOND, **(second or {})))
+    facts = ClusterFacts(
+        address=SCHEDULER,
+        client=ProcessFacts(versions=VERSIONS),
+        scheduler=worker(SCHEDULER),
+        registered=tuple(one.address for one in workers),
+        workers=workers,
+        reached={a: Link(source=SCHEDULER, target=a, latency_s=1e-4) for a in (FIRST, SECOND)},
+        links=(
+            Link(source=FIRST, target=SECOND, latency_s=1e-4),
+            Link(source=SECOND, target=FIRST, latency_s=1e-4),
+        ),
+        speeds={(FIRST, SECOND): 1e9},
+        clocks={a: Clock(offset_s=0.001, error_s=0.0005) for a in (FIRST, SECOND)},
+        fingerprints={FIRST: "aa", SECOND: "aa", "": "aa"},
+        dashboard="http://10.0.0.9:8787/status",
+    )
+    return replace(facts, **changes)
+
+
+def test_two_hosts_in_order_have_one_warning_about_encryption():
+    report = examine(cluster())
+    bad = {line.check: line.status for line in report.lines if line.status != "ok"}
+    assert bad == {"encryption": "warn"}
+    assert "TLS" in report["encryption"].remedy
+
+
+def test_tls_is_in_order():
+    facts = cluster(address=SCHEDULER.replace("tcp", "tls"), registered=("tls://10.0.0.1:1111",))
+    assert examine(facts)["encryption"].status == "ok"
+
+
+ONE_HOST = {"machine": "host", "network": "host", "shared_place": "host-1"}
+FAULTS = {
+    "a worker with an older Python": (
+        {"first": {"versions": VERSIONS | {"python": "3.12.1"}}},
+        ("python", "fail", f"{FIRST} has 3.12.1", "Python 3.13"),
+    ),
+    "a scheduler with another distributed": (
+        {"scheduler": worker(SCHEDULER, versions=VERSIONS | {"distributed": "2025.5.0"})},
+        ("distributed", "warn", "the scheduler has 2025.5.0", "distributed==2026.8.0"),
+    ),
+    "another numpy": (
+        {"second": {"versions": VERSIONS | {"numpy": "2.1.0"}}},
+        ("numpy", "warn", f"{SECOND} has 2.1.0", "numpy==2.5.5"),
+    ),
+    "a client without torch": (
+        {"client": ProcessFacts(versions={k: v for k, v in VERSIONS.items() if k != "torch"})},
+        ("torch", "fail", "missing in the client", "install torch"),
+    ),
+    "a reader that is missing": (
+        {"first": {"problems": {"zarr": "is not installed"}}},
+        ("packages", "fail", f"zarr on {FIRST}: is not installed", "install"),
+    ),
+    "more threads than cores": (
+        {"first": {"threads": 4}, "second": {"threads": 4}},
+        ("threads", "warn", "1 workers with 4 threads on the 2 cores", "fewer workers"),
+    ),
+    "operators that use all cores": (
+        {
+            "first": ONE_HOST | {"torch_threads": 2, "environment": {}},
+            "second": ONE_HOST | {"torch_threads": 2, "environment": {}},
+        },
+        ("OMP", "warn", "may use 4 threads on the 2 cores", "OMP_NUM_THREADS=1"),
+    ),
+    "limits above what the host has": (
+        {
+            "first": ONE_HOST | {"memory_limit_bytes": 12 * GIB},
+            "second": ONE_HOST | {"memory_limit_bytes": 12 * GIB},
+        },
+        ("memory", "warn", "add up to 24.00 GiB", "--memory-limit 8.00 GiB"),
+    ),
+    "a worker that Dask has paused": (
+        {"first": {"used_bytes": 7 * GIB}},
+        ("memory", "fail", f"8.00 GiB on {FIRST}", "--memory-limit"),
+    ),
+    "little room for data": (
+        {"first": {"memory_limit_bytes": 3 * GIB // 2}},
+        ("memory", "warn", f"1.50 GiB on {FIRST}", "--memory-limit"),
+    ),
+    "no limit": (
+        {"first": {"memory_limit_bytes": 0}},
+        ("memory", "warn", f"no limit on {FIRST}", "--memory-limit auto"),
+    ),
+    "no room for the exchange anywhere": (
+        {"first": ONE_HOST, "second": ONE_HOST | {"shared_free_bytes": 0, "scratch_free_bytes": 0}},
+        ("shared memory", "fail", f"0 B free on {SECOND}", "--shm-size"),
+    ),
+    "containers that do not share /dev/shm": (
+        {"first": ONE_HOST, "second": ONE_HOST | {"shared_place": "host-2"}},
+        ("shared memory", "warn", "exchange by gloo", "--ipc=host"),
+    ),
+    "another allocator": (
+        {"second": {"allocator": "jemalloc"}},
+        ("allocator", "warn", f"{SECOND} has jemalloc", "nothing has to be done"),
+    ),
+    "a client that computes other bits": (
+        {"fingerprints": {FIRST: "aa", SECOND: "aa", "": "bb"}},
+        ("bits", "warn", "not with this client", "ATEN_CPU_CAPABILITY"),
+    ),
+    "a card that PyTorch does not see": (
+        {"first": {"gpus": [CARD]}},
+        ("GPU", "warn", f"no CUDA device on {FIRST}", "PyTorch with CUDA"),
+    ),
+    "one card for two workers": (
+        {
+            "first": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
+            "second": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
+        },
+        ("GPU", "warn", "2 workers on 10.0.0.1 share 1 card", "CUDA_VISIBLE_DEVICES"),
+    ),
+    "cards without nccl": (
+        {
+            "first": {"gpus": [CARD], "num_cuda_devices": 1},
+            "second": {"gpus": [CARD], "num_cuda_devices": 1},
+        },
+        ("GPU", "warn", "without nccl", "with CUDA"),
+    ),
+    "cards of two kinds": (
+        {
+            "first": {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
+            "second": {"gpus": [CARD | {"name": "T4"}], "num_cuda_devices": 1, "nccl": True},
+        },
+        ("GPU", "warn", "mixed: NVIDIA H100, T4", "one kind"),
+    ),
+    "one direction that is blocked": (
+        {
+            "links": (
+                Link(source=FIRST, target=SECOND, problem="no answer within 3 s"),
+                Link(source=SECOND, target=FIRST, latency_s=1e-4),
+            )
+        },
+        ("connections", "fail", f"{FIRST} cannot reach {SECOND}: no answer", "firewall"),
+    ),
+    "a slow network": (
+        {"speeds": {(FIRST, SECOND): 1e6}},
+        ("speed", "warn", f"({FIRST} to {SECOND})", "--interface"),
+    ),
+    "a transfer that does not end": (
+        {"speeds": {(FIRST, SECOND): 0.0}},
+        ("speed", "warn", "did not end in time", "--interface"),
+    ),
+    "a long way": (
+        {"links": (Link(source=FIRST, target=SECOND, latency_s=0.02),)},
+        ("speed", "warn", "latency at most 20.00 ms", "larger batches"),
+    ),
+    "a faster network that is not used": (
+        {
+            "first": {
+                "interfaces": [
+                    {"name": "eth0", "addresses": ["10.0.0.1"], "mbit_per_s": 1_000},
+                    {"name": "ib0", "addresses": ["10.1.0.1"], "mbit_per_s": 100_000},
+                ]
+            }
+        },
+        ("interfaces", "warn", "eth0 with 1,000 Mbit/s, ib0 has 100,000", "--interface"),
+    ),
+    "a clock that is wrong": (
+        {"clocks": {FIRST: Clock(offset_s=-30.0, error_s=0.1)}},
+        ("clocks", "warn", f"{FIRST} by -30.0 s", "chrony"),
+    ),
+    "little time": (
+        {"first": {"ends_at_s": {"--lifetime": 120.0}}},
+        ("walltime", "warn", f"left on {FIRST} (--lifetime)", "walltime"),
+    ),
+    "a dashboard behind a firewall": (
+        {"dashboard_problem": "timed out"},
+        ("dashboard", "warn", "timed out", "ssh -L 8787:localhost:8787"),
+    ),
+    "no dashboard": ({"dashboard": ""}, ("dashboard", "warn", "has none", "bokeh")),
+    "no workers": (
+        {"registered": (), "workers": (), "links": (), "reached": {}},
+        ("workers", "fail", "has none", "scale"),
+    ),
+    "data that cannot be read": (
+        {"data": DataFacts(problem="y is missing")},
+        ("blocks", "fail", "y is missing", "dask-nn train"),
+    ),
+    "blocks that are large for a worker": (
+        {"data": DataFacts(lengths=(10, 10), num_blocks=2, row_bytes=200 << 20)},
+        ("blocks", "warn", "a worker has room for 1.53 GiB", "at most 7 rows"),
+    ),
+    "fewer blocks than workers": (
+        {"data": DataFacts(lengths=(10,), num_blocks=1, row_bytes=8)},
+        ("blocks", "warn", "fewer than the 2 workers", "several blocks"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault):
+    changes, (check, status, found, remedy) = FAULTS[fault]
+    line = examine(cluster(**changes))[check]
+    assert line.status == status
+    assert found in line.found
+    assert remedy in line.remedy
+
+
+def test_a_loopback_address_among_several_hosts():
+    local = replace(worker("tcp://127.0.0.1:1111"), machine="10.0.0.1")
+    facts = cluster()
+    facts = replace(facts, workers=(local, facts.workers[1]))
+    line = examine(facts)["interfaces"]
+    assert line.status == "fail"
+    assert "tcp://127.0.0.1:1111: a loopback address" in line.found
+    assert "--interface" in line.remedy
+
+
+def test_a_clock_that_cannot_be_told_from_a_slow_answer_is_in_order():
+    facts = cluster(clocks={FIRST: Clock(offset_s=2.0, error_s=1.5)})
+    assert examine(facts)["clocks"].status == "ok"
+
+
+def test_builds_of_one_version_of_torch_are_the_same_version():
+    facts = cluster(first={"versions": VERSIONS | {"torch": "2.13.0+cpu"}})
+    assert examine(facts)["torch"].status == "ok"
+
+
+def test_one_rank_on_a_host_needs_no_shared_memory():
+    line = examine(cluster(first={"shared_free_bytes": 0}))["shared memory"]
+    assert line.status == "ok"
+    assert line.found == "not used: one rank a host"
+
+
+def test_shared_memory_is_counted_as_the_exchange_lays_it_out():
+    """Ten million float32 for two ranks: two slots and a result of 40 MB, flags and cells."""
+    parameters = 10_000_000
+    slots = 3 * -(-parameters * 4 // 4096) * 4096
+    rest = needed_bytes(parameters, 2) - slots
+    assert 8 << 20 < rest < 9 << 20
+
+
+def test_a_report_is_as_bad_as_its_worst_line():
+    good, mild, bad = ok("a", "fine"), warn("b", "hm", "do"), fail("c", "no", "mend")
+    assert Report(scheduler="x", lines=(good,)).status == "ok"
+    assert Report(scheduler="x", lines=(good, mild)).status == "warn"
+    assert Report(scheduler="x", lines=(bad, good, mild)).status == "fail"
+
+
+def test_a_report_names_the_checks_it_has():
+    with pytest.raises(KeyError, match="no check 'b'; there are a"):
+        _ = Report(scheduler="x", lines=(ok("a", "fine"),))["b"]
+
+
+def test_a_report_as_text_and_as_json():
+    report = Report(scheduler="x", lines=(ok("a", "fine", n=1), fail("long", "no", "mend it")))
+    assert str(report) == ("ok    a     fine\nfail  long  no\n            -> mend it")
+    found = json.loads(report.as_json())
+    assert set(found) == {"scheduler", "status", "lines"}
+    assert [set(line) for line in found["lines"]] == [
+        {"check", "status", "found", "remedy", "details"}
+    ] * 2
+    assert found["lines"][0]["details"] == {"n": 1}
+
+
+def test_of_many_the_first_are_named():
+    assert some("abcde") == "a, b, c and 2 more"
+    assert some("abc") == "a, b, c"
