@@ -15,6 +15,7 @@ import pytest
 from distributed import Client
 
 from dask_nn.diagnosis.doctor import doctor
+from dask_nn.diagnosis.probe import VARIABLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,11 +97,13 @@ class Launcher:
     def _start(
         self, *command: str, environment: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
+        # Nannies that started earlier have left these in the environment.
+        plain = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+            env=plain | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         )
         self._started.append(process)
         return process

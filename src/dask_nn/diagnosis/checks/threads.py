@@ -58,8 +58,9 @@ def check_math_threads(facts: ClusterFacts) -> Line:
     }
     details = {"torch_threads": threads, "environment": variables}
     known = {address: number for address, number in threads.items() if number}
+    mixed = [name for name in VARIABLES if len({v[name] for v in variables.values()}) > 1]
     settings = {
-        address: " ".join(f"{name}={value or 'unset'}" for name, value in found.items())
+        address: " ".join(f"{name}={found[name] or 'unset'}" for name in mixed)
         for address, found in variables.items()
     }
     remedy = "set OMP_NUM_THREADS=1 for all workers, as Dask's nanny does"
@@ -67,7 +68,7 @@ def check_math_threads(facts: ClusterFacts) -> Line:
         usual, others = _others(known)
         text = f"mixed: {usual} PyTorch threads on most workers, but {some(others)}"
         return warn("OMP", text, remedy, **details)
-    if len(set(settings.values())) > 1:
+    if mixed:
         setting, others = _others(settings)
         text = f"mixed: {setting} on most workers, but {some(others)}"
         return warn("OMP", text, remedy, **details)
