@@ -13,10 +13,12 @@ def doctor(*arguments, columns=80):
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(nn, ["doctor", *map(str, arguments)])
 
 
-def test_a_cluster_of_its_own_is_in_order(run):
-    done = run("doctor", "--json", "--timeout", 80)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+@pytest.mark.timeout(300)
+def test_a_cluster_of_its_own_is_in_order(start):
+    with start("doctor", "--json", "--timeout", 200) as process:
+        out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    found = json.loads(out)
     assert {line["check"]: line["status"] for line in found["lines"]}["bits"] == "ok"
     assert all(line["status"] != "fail" for line in found["lines"])
 

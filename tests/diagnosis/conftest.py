@@ -65,7 +65,7 @@ class Launcher:
             sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1",
             "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not file.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -83,7 +83,7 @@ class Launcher:
         cluster.workers[name] = self._start(
             *before, sys.executable, "-m", "distributed.cli.dask_worker", cluster.address,
             "--name", name, "--no-nanny", "--no-dashboard",
-            "--death-timeout", "60", "--local-directory", str(self._folder / name),
+            "--death-timeout", "120", "--local-directory", str(self._folder / name),
             *(() if "--nthreads" in options else ("--nthreads", "1")),
             *(() if "--listen-address" in options else ("--host", "127.0.0.1")), *options,
             environment=environment,
@@ -154,7 +154,7 @@ def faulty(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Clus
 @pytest.fixture(scope="module")
 def faulty_client(faulty: Cluster) -> Iterator[Client]:
     with Client(faulty.address, set_as_default=False, timeout=60) as client:
-        client.wait_for_workers(len(faulty.workers), timeout=60)
+        client.wait_for_workers(len(faulty.workers), timeout=120)
         yield client
 
 
@@ -167,7 +167,7 @@ def named(faulty: Cluster, faulty_client: Client) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def report(faulty_client: Client, named: dict[str, str]) -> Report:
     """Ask the doctor about the faulty cluster, once."""
-    return doctor(client=faulty_client, timeout_s=60)
+    return doctor(client=faulty_client, timeout_s=200)
 
 
 def namespaces() -> bool:

@@ -23,7 +23,7 @@ def failures(report):
 
 
 def test_a_healthy_cluster_of_processes(client):
-    report = dask_nn.doctor(timeout_s=60)
+    report = dask_nn.doctor(timeout_s=100)
     assert failures(report) == []
     assert [line.check for line in report.lines] == CHECKS
     assert len(set(report["bits"].details["workers"].values())) == 1
@@ -34,7 +34,7 @@ def test_a_healthy_cluster_of_processes(client):
 
 
 def test_a_healthy_cluster_of_threads(threads_client):
-    assert failures(dask_nn.doctor(client=threads_client, timeout_s=60)) == []
+    assert failures(dask_nn.doctor(client=threads_client, timeout_s=100)) == []
 
 
 def test_arrays_of_this_process(client):

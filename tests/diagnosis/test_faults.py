@@ -17,6 +17,8 @@ from distributed import Client, wait
 from dask_nn.cli.main import nn
 from dask_nn.diagnosis.doctor import doctor
 
+# The report of all faults is made once, in the setup of the first test.
+pytestmark = pytest.mark.timeout(400)
 NOBODY = "tcp://127.0.0.1:9"
 
 
@@ -118,7 +120,9 @@ def test_what_is_in_order_is_said_to_be(report):
 
 def test_the_command_says_the_same_and_fails(faulty, faulty_client, report):
     """After the report: what is imported already is not imported again."""
-    done = CliRunner().invoke(nn, ["doctor", "--json", "--scheduler", faulty.address])
+    done = CliRunner().invoke(
+        nn, ["doctor", "--json", "--timeout", "100", "--scheduler", faulty.address]
+    )
     assert done.exit_code == 1, done.output
     assert done.stderr == ""
     found = json.loads(done.stdout)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dask_nn.cli.cluster_options import ClusterChoice, choose_cluster, cluster_options
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from distributed import Client
     from rich.table import Table
 
@@ -25,7 +23,6 @@ READERS = {"zarr": ("zarr",), "parquet": ("pandas", "pyarrow"), "hdf5": ("h5py",
 
 
 @click.command
-@click.option("--scheduler", metavar="ADDRESS", help="Look at the cluster of this scheduler.")
 @click.option(
     "--data", metavar="URL", help="Look at these blocks too: zarr:, parquet:, hdf5: or npy:."
 )
@@ -40,37 +37,46 @@ READERS = {"zarr": ("zarr",), "parquet": ("pandas", "pyarrow"), "hdf5": ("h5py",
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0, min_open=True),
-    default=30,
+    default=60,
     show_default=True,
     help="Seconds to wait for the answer to one question.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@cluster_options
 @click.pass_context
 def doctor(
     ctx: click.Context,
+    /,
     *,
-    scheduler: str | None,
     data: str | None,
     parameters: float,
     timeout_s: float,
     as_json: bool,
+    **cluster: Any,
 ) -> None:
     """Look whether a cluster can train, and say what is wrong and how to mend it.
 
-    Without --scheduler a cluster is started on this machine. The exit code is 1 if training cannot
-    work, else 0.
+    The cluster is one that runs (--scheduler), or is started for it (--cluster, by default on this
+    machine) and closed. The exit code is 1 if training cannot work, else 0.
     """
+    choice = choose_cluster(**cluster) or ClusterChoice()
     with ending_at_once():
         from dask_nn.diagnosis.examine import examine
         from dask_nn.diagnosis.gather import silent_scheduler
-        from dask_nn.errors import SchedulerUnreachable
+        from dask_nn.diagnosis.report import Report, fail
+        from dask_nn.errors import ClusterError, SchedulerUnreachable
 
+    choice.check()
     X = None if data is None else _open(data)
     try:
-        with _client(scheduler, timeout_s) as client:
+        # Nothing is imported before it is known whether workers have the memory for it.
+        with choice.open(()) as client:
             report = _examine(client, X, data, int(parameters), timeout_s)
     except SchedulerUnreachable:
-        report = examine(silent_scheduler(scheduler or ""))
+        report = examine(silent_scheduler(choice.options["address"]))
+    except ClusterError as error:
+        remedy = "ask for less, wait longer, or look at what the batch system says"
+        report = Report(scheduler="none", lines=(fail("cluster", str(error), remedy),))
     click.echo(report.as_json()) if as_json else _show(report)
     if report.status == "fail":
         ctx.exit(1)
@@ -80,15 +86,6 @@ def _open(url: str) -> Any:
     from dask_nn.data.urls import open_data
 
     return open_data(url)
-
-
-def _client(scheduler: str | None, timeout_s: float) -> AbstractContextManager[Client]:
-    from dask_nn.clusters.connect import connect
-    from dask_nn.clusters.local import local_cluster
-
-    if scheduler is not None:
-        return closing(connect(scheduler, timeout_s=min(timeout_s, 10)))
-    return local_cluster()
 
 
 def _examine(client: Client, X: Any, url: str | None, parameters: int, timeout_s: float) -> Report:

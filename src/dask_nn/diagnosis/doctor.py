@@ -28,7 +28,7 @@ def doctor(
     client: Client | None = None,
     modules: Sequence[str] = (),
     parameters: int = 10_000_000,
-    timeout_s: float = 30.0,
+    timeout_s: float = 60.0,
 ) -> Report:
     """Look whether a cluster can train, and say what is wrong.
 
@@ -45,7 +45,7 @@ def doctor(
         Packages that workers need besides dask-nn's own, such as ``("zarr",)``.
     parameters : int, default 10,000,000
         Parameters of the model for which there shall be shared memory.
-    timeout_s : float, default 30
+    timeout_s : float, default 60
         Deadline of one question. What has not answered by then is named in the report; all
         questions together take a few times as long at most.
 

@@ -215,7 +215,7 @@ class ClusterFacts:
     data: DataFacts | None = None
     now_s: float = 0.0
     parameters: int = 10_000_000
-    timeout_s: float = 30.0
+    timeout_s: float = 60.0
 
     @property
     def machines(self) -> dict[str, list[ProcessFacts]]:

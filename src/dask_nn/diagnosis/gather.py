@@ -27,9 +27,11 @@ __all__ = ["gather", "silent_scheduler"]
 # What a rank and its worker import.
 RANK_MODULES = ("dask_nn.controller.worker_side", "dask_nn.training.rank_main")
 CONNECT_TIMEOUT_S = 3.0
+# The first page that a dashboard makes takes it seconds.
+PAGE_TIMEOUT_S = 10.0
 TRANSFER_BYTES = 4 << 20
 PINGS = 3
-QUESTIONS = 6
+QUESTIONS = 8
 
 
 def gather(
@@ -39,7 +41,7 @@ def gather(
     data: DataFacts | None = None,
     modules: Sequence[str] = (),
     parameters: int = 10_000_000,
-    timeout_s: float = 30.0,
+    timeout_s: float = 60.0,
 ) -> ClusterFacts:
     """Ask a cluster for everything that the checks look at.
 
@@ -105,7 +107,7 @@ class _Asker:
             describe_process(modules, RANK_MODULES),
             self._of_scheduler(probe, "describe_process"),
             self._of_scheduler(links, "try_links", facts.registered, CONNECT_TIMEOUT_S),
-            in_thread(_read_page, facts.dashboard),
+            in_thread(_read_page, facts.dashboard, min(self._timeout_s, PAGE_TIMEOUT_S)),
         )
         facts = replace(
             facts,
@@ -125,10 +127,17 @@ class _Asker:
             for address in facts.registered
             if address not in facts.reached or facts.reached[address].connected
         ]
-        answers = await self._of_workers(
-            Shipped(probe, "describe_process"), able, tuple(modules), RANK_MODULES
-        )
-        workers = [ProcessFacts(**found) for found in answers.values() if isinstance(found, dict)]
+        describe = Shipped(probe, "describe_process")
+        answers = await self._of_workers(describe, able, tuple(modules))
+        awake = [address for address, found in answers.items() if isinstance(found, dict)]
+        # Imports come second: where they take too long, the rest is known.
+        loaded = await self._of_workers(describe, awake, tuple(modules), RANK_MODULES)
+        workers = [
+            ProcessFacts(**found)
+            if isinstance(found, dict)
+            else _not_loaded(answers[address], _silence(found, self._timeout_s))
+            for address, found in loaded.items()
+        ]
         facts = replace(
             facts,
             workers=tuple(workers),
@@ -140,7 +149,6 @@ class _Asker:
                 if not isinstance(answers.get(address), dict)
             },
         )
-        awake = [worker.address for worker in workers]
         facts = replace(facts, clocks=await self._clocks(awake))
         facts = replace(facts, links=await self._links(facts, awake))
         facts = replace(facts, speeds=await self._speeds(facts))
@@ -232,6 +240,11 @@ def _links(source: str, answers: dict[str, dict[str, Any]]) -> dict[str, Link]:
     }
 
 
+def _not_loaded(answer: dict[str, Any], reason: str) -> ProcessFacts:
+    facts = ProcessFacts(**answer)
+    return replace(facts, problems=facts.problems | {"PyTorch": f"import {reason}"})
+
+
 def _silence(answer: Any, timeout_s: float) -> str:
     if isinstance(answer, TimeoutError):
         return f"hangs: no answer within {timeout_s:g} s"
@@ -240,13 +253,13 @@ def _silence(answer: Any, timeout_s: float) -> str:
     return _first_line(answer)
 
 
-def _read_page(link: str) -> str:
+def _read_page(link: str, timeout_s: float) -> str:
     """Read a page of the dashboard; say why that fails."""
     if not link:
         return ""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(link, timeout=CONNECT_TIMEOUT_S) as answer:
+        with direct.open(link, timeout=timeout_s) as answer:
             answer.read(1)
     except urllib.error.HTTPError as error:
         return f"HTTP status {error.code}"

@@ -37,7 +37,10 @@ def check_workers(facts: ClusterFacts) -> Line:
     if facts.silent:
         texts = [f"{address} ({reason})" for address, reason in facts.silent.items()]
         text = f"{len(facts.silent)} of {len(facts.registered)} do not answer: {some(texts)}"
-        remedy = "look at their logs; end those that hang, and mend the addresses of the others"
+        remedy = (
+            "look at their logs; end those that hang, mend the addresses of the others, or wait "
+            "longer for slow ones (--timeout)"
+        )
         return fail("workers", text, remedy, **details)
     hosts = len(facts.machines)
     number = len(facts.registered)
