@@ -135,7 +135,14 @@ def test_the_command_says_the_same_and_fails(faulty, faulty_client, report):
     }
 
 
-def test_a_worker_that_hangs_is_named_and_the_doctor_ends(faulty, faulty_client, named, report):
+def test_workers_that_hang_or_import_for_ever_are_named_and_the_doctor_ends(
+    faulty, faulty_client, launcher, named, report, tmp_path
+):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\ntime.sleep(1000)\n")
+    launcher.worker(faulty, "importing", PYTHONPATH=str(tmp_path))
+    faulty_client.wait_for_workers(len(faulty.workers), timeout=120)
+    importing = faulty.addresses(faulty_client)["importing"]
     process = faulty.workers["healthy"]
     os.kill(process.pid, signal.SIGSTOP)
     try:
@@ -145,6 +152,9 @@ def test_a_worker_that_hangs_is_named_and_the_doctor_ends(faulty, faulty_client,
     line = found["workers"]
     assert line.status == "fail"
     assert f"{named['healthy']} (hangs: no answer within 3 s)" in line.found
+    assert found["packages"].status == "fail"
+    problems = found["packages"].details["problems"]
+    assert problems[importing] == {"PyTorch": "import hangs: no answer within 3 s"}
     # The others are still looked at.
     assert found["walltime"].status == "fail"
 

@@ -71,7 +71,10 @@ def check_imports(facts: ClusterFacts) -> Line:
         for address, found in problems.items()
         for module, text in found.items()
     ]
-    remedy = "install what is missing on these workers: pip install dask-nn brings what it needs"
+    remedy = (
+        "install what is missing on these workers (pip install dask-nn brings what it needs); where "
+        "an import takes too long, put the environment on a local disk, or wait (--timeout)"
+    )
     return fail("packages", some(texts), remedy, problems=problems)
 
 
