@@ -72,7 +72,7 @@ def check_imports(facts: ClusterFacts) -> Line:
         for module, text in found.items()
     ]
     remedy = (
-        "install what is missing on these workers (pip install dask-nn brings what it needs); where "
+        "install what is missing on these workers (pip install dask-nn brings what it needs); if "
         "an import takes too long, put the environment on a local disk, or wait (--timeout)"
     )
     return fail("packages", some(texts), remedy, problems=problems)
