@@ -11,6 +11,7 @@ TORCHLESS = [
     "dask_nn.collectives.tree",
     "dask_nn.config",
     "dask_nn.data.plan",
+    "dask_nn.diagnosis.doctor",
     "dask_nn.errors",
     "dask_nn.events",
 ]
