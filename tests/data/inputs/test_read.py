@@ -11,7 +11,7 @@ import xarray as xr
 from dask.delayed import delayed
 
 from dask_nn.data.inputs.read import read_inputs
-from dask_nn.errors import DataError
+from dask_nn.errors import ConfigurationError, DataError
 
 X = np.arange(60, dtype="f4").reshape(12, 5)
 Y = np.arange(12) % 3
@@ -175,3 +175,53 @@ def test_a_part_that_raises_is_named():
 
     with pytest.raises(DataError, match=r"first part.*the disk is gone"):
         read_inputs([fail()])
+
+
+class Stuck(np.ndarray):
+    """Rows that cannot leave their worker."""
+
+    def __reduce__(self):
+        message = "too large to travel"
+        raise TypeError(message)
+
+
+def test_the_first_part_stays_on_its_worker(client):
+    parts = [delayed(lambda: X.view(Stuck))(), delayed(lambda: X.view(Stuck))()]
+    for given in (client, None):
+        found = read_inputs(parts, needs_target=False, client=given)
+        assert found["X"].shape[1:] == (5,)
+    persisted = [part.persist() for part in parts]
+    assert read_inputs(persisted, needs_target=False, client=client)["X"].dtype == X.dtype
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_columns_may_have_numbers_as_names(lazy):
+    table = pd.DataFrame(X).assign(w=np.ones(12)).rename(columns={"w": 5})
+    if lazy:
+        table = dd.from_pandas(table, npartitions=2)
+    found = read_inputs(table, 4, 5, features=[2, 0])
+    np.testing.assert_array_equal(np.asarray(found["X"]), X[:, [2, 0]])
+    np.testing.assert_array_equal(np.asarray(found["y"]), X[:, 4])
+    assert found["sample_weight"].ndim == 1
+    with pytest.raises(DataError, match="there is no column '4'; did you mean 4"):
+        read_inputs(table, "4")
+    with pytest.raises(DataError, match="y=5 names a column, but X is a ndarray"):
+        read_inputs(X, 5)
+
+
+@pytest.mark.parametrize("features", ["abc", 5])
+def test_features_that_are_no_list_are_refused(features):
+    with pytest.raises(ConfigurationError, match="features must be a list of names"):
+        read_inputs(frame(), "label", features=features)
+
+
+def test_coordinates_may_be_targets_and_weights():
+    coords = {"kind": ("t", Y), "w": ("t", np.ones(12))}
+    array = xr.DataArray(X, dims=("t", "f"), coords=coords)
+    found = read_inputs(array, "kind", "w")
+    assert list(found) == ["X", "y", "sample_weight"]
+    np.testing.assert_array_equal(found["y"], Y)
+    found = read_inputs(xr.Dataset({"u": array}), "kind")
+    assert list(found) == ["X.u", "y"]
+    with pytest.raises(DataError, match="there is no entry 'kin'; did you mean 'kind'"):
+        read_inputs(array, "kin")
