@@ -22,7 +22,10 @@ Arguments are positional, so that every error survives pickling between processe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "Aborted",
@@ -104,7 +107,15 @@ class CollectiveTimeout(CollectiveError):
 
 
 class TrainingError(DaskNNError):
-    """Training started and could not go on."""
+    """Training started and could not go on.
+
+    Attributes
+    ----------
+    events : sequence of Event
+        What happened to the run.
+    """
+
+    events: Sequence[Any] = ()
 
 
 class RankFailed(TrainingError):
@@ -180,13 +191,16 @@ class WorkerLost(TrainingError):
         The rank that ran on it; -1 if none did.
     reason : str
         Why the run did not go on.
+    result : TrainingResult or None
+        What was trained so far, if a rank that has it could still be asked.
     """
 
-    def __init__(self, address: str, rank: int, reason: str = "") -> None:
-        super().__init__(address, rank, reason)
+    def __init__(self, address: str, rank: int, reason: str = "", result: Any = None) -> None:
+        super().__init__(address, rank, reason, result)
         self.address = address
         self.rank = rank
         self.reason = reason
+        self.result = result
 
     def __str__(self) -> str:
         if not self.address:

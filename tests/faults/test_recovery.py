@@ -13,8 +13,9 @@ import pytest
 from distributed import WorkerPlugin
 
 import dask_nn
-from dask_nn.controller import rank_handles, worker_side
-from dask_nn.errors import RankFailed, WorkerLost
+from dask_nn.controller import worker_side
+from dask_nn.controller.rank_group import outcome_of_error
+from dask_nn.errors import Aborted, RankFailed, WorkerLost
 from dask_nn.testing.faults import Fault, fail_at, install
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -321,47 +322,64 @@ def test_a_worker_that_computes_other_bits_is_left_out_by_name_or_marks_the_run(
     assert refused
 
 
-def test_a_rank_is_not_started_twice(job, make_cluster, heard, tmp_path):
+def test_a_rank_is_not_started_twice(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
+    """The same seat is submitted again while its rank is at work; that one goes on."""
     client = make_cluster(2)
     pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
     install(client, [pause], tmp_path)
-    answers: list[Any] = []
+    twins: list[Any] = []
 
-    def twin(dask_worker: Any) -> str:
+    def seat_here(dask_worker: Any) -> Any:
         from dask_nn.controller.rank_handles import _handles
 
-        return [(gang, handle.rank) for gang, found in _handles.items() for handle in found]
-
-    class Look(dask_nn.Callback):
-        def on_progress(self, progress: Any) -> None:
-            if not answers:
-                answers.append(client.run(twin))
-
-    job.train(client, callbacks=[heard, Look()])
-    assert all(len(found) == 1 for found in answers[0].values())
-    seats = [
-        worker_side.Seat(
-            run_id="twin",
-            generation=0,
-            rank=0,
-            world_size=1,
-            address=address,
-            leader=address,
-            collective="serial",
+        ((run_id, generation),) = _handles
+        ((handle,),) = _handles.values()
+        return worker_side.Seat(
+            run_id=run_id,
+            generation=generation,
+            rank=handle.rank,
+            world_size=2,
+            address=dask_worker.address,
+            leader=dask_worker.address,
+            collective="shared_memory",
             shared_process=False,
         )
-        for address in list(pids(client))[:1]
-    ]
 
-    def occupy(dask_worker: Any) -> None:
-        rank_handles._handles["twin", 0].append(
-            rank_handles.RankHandle(
-                0, __import__("threading").Event(), __import__("threading").Event()
-            )
-        )
+    class Repeat(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            if not twins:
+                for address, seat in client.run(seat_here).items():
+                    twins.append(
+                        client.submit(
+                            worker_side.run_rank, b"", seat, workers=[address], pure=False
+                        )
+                    )
 
-    client.run(occupy)
-    payload = __import__("pickle").dumps(None)
-    future = client.submit(worker_side.run_rank, payload, seats[0], workers=[seats[0].address])
-    with pytest.raises(RuntimeError, match="running already"):
-        future.result(timeout=10)
+    same_bits(job.train(client, callbacks=[heard, Repeat()]), undisturbed)
+    assert len(twins) == 2
+    for twin in twins:
+        with pytest.raises(Aborted, match="running already"):
+            twin.result(timeout=10)
+        # Where it is the controller's own task that was started twice, its gang begins anew.
+        outcome = outcome_of_error(SEAT, twin.exception(timeout=10))
+        assert outcome.status == "aborted"
+        assert not outcome.has_state
+    assert not heard.named("recovered")
+
+
+SEAT = worker_side.Seat(
+    run_id="run",
+    generation=0,
+    rank=1,
+    world_size=2,
+    address="tcp://a:1",
+    leader="tcp://a:1",
+    collective="serial",
+    shared_process=False,
+)
+
+
+def test_a_task_that_fails_by_itself_is_told_from_one_whose_worker_is_to_blame():
+    assert outcome_of_error(SEAT, LookupError("no torch here")).status == "failed"
+    assert outcome_of_error(SEAT, OSError("gone")).status == "aborted"
+    assert outcome_of_error(SEAT, None).status == "aborted"

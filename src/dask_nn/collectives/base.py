@@ -51,6 +51,9 @@ class Communicator(ABC):
         How errors name this rank.
     watch : callable, optional
         Called now and then during every wait; what it raises ends the wait.
+    waiting_since : float or None
+        When the wait for peers began that is under way, by ``time.monotonic()``. It counts only
+        while `beats` grow, and until the rank says that it is at work again.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Communicator(ABC):
         self.beats = 0
         self.title = f"rank {rank}"
         self.watch: Callable[[], None] | None = None
+        self.waiting_since: float | None = None
 
     @abstractmethod
     def open(
@@ -160,9 +164,15 @@ class Communicator(ABC):
         if self.watch is not None:
             self.watch()
 
+    def at_work(self) -> None:
+        """Look at the abort flag outside of any exchange: this rank waits for no peer."""
+        self.waiting_since = None
+        self.check_abort()
+
     def deadline(self) -> float:
         """Give the moment, by ``time.monotonic``, at which a wait that begins now must end."""
-        return time.monotonic() + self.timeout_s
+        self.waiting_since = now = time.monotonic()
+        return now + self.timeout_s
 
     def await_key(self, rendezvous: Rendezvous, key: str) -> bytes:
         """Wait for a key at the rendezvous, as long as a wait of this rank may last."""

@@ -272,6 +272,8 @@ class HostsCommunicator(Communicator):
     def _look_around(self) -> None:
         """While another host is waited for: live, and hear what this host's ranks say."""
         self.beats += 1
+        if self._outer is not None:
+            self.waiting_since = self._outer.waiting_since
         if self._region is not None:
             self._region.check_ended()
 

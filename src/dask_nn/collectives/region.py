@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,8 +157,9 @@ class Region:
     def end(self) -> None:
         """Write this member's number into the word that every wait reads; once is enough."""
         flags, word = self._flags, self._layout.abort_word
-        if flags is not None and not flags[word]:
-            flags[word] = self._member + 1
+        with suppress(ValueError):  # this member's own thread leaves at this moment
+            if flags is not None and not flags[word]:
+                flags[word] = self._member + 1
 
     def check_ended(self) -> None:
         """Raise :class:`~dask_nn.errors.Aborted` if a member has ended the exchange."""

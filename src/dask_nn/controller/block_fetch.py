@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from dask_nn.data.memory import PROCESS_SHARE, choose_loaders
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
-    import threading
+    from collections.abc import Awaitable, Iterator
 
     from distributed import Worker
 
@@ -24,18 +26,53 @@ if TYPE_CHECKING:
 
     type BlockSource = tuple[tuple[Any, ...], ...] | Stream
 
-__all__ = ["CACHE_SHARE", "BlockSource", "make_reader", "room_bytes", "used_bytes"]
+__all__ = [
+    "CACHE_SHARE",
+    "BlockSource",
+    "FetchWait",
+    "make_reader",
+    "room_bytes",
+    "used_bytes",
+]
 
 # Fetched blocks are kept up to this share of a worker's memory limit.
 CACHE_SHARE = 0.15
 CACHE_WITHOUT_LIMIT_BYTES = 1 << 30
-# Blocks of a lost worker are computed again, or sent again by the client; for so long are they
-# looked for, and one attempt may take so long before other holders are asked.
-FETCH_S = 120.0
-ATTEMPT_S = 60.0
+# Blocks of a lost worker are sent again by the client, or computed again by Dask. They are looked
+# for as long as Dask works on them, and so long where nobody does.
+FETCH_S = 30.0
+UNDER_WAY = frozenset({"waiting", "queued", "processing"})
+ASK_S = 10.0
 LOOK_S = 1.0
 PAUSE_S = 0.2
 POLL_S = 0.1
+
+
+class FetchWait:
+    """Whom the fetches of a rank wait for, as its watchman reports it."""
+
+    def __init__(self) -> None:
+        self._waits: dict[object, tuple[frozenset[str], float]] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def for_holders(self, holders: frozenset[str]) -> Iterator[None]:
+        """Note that a fetch waits for some workers, for the length of a block."""
+        token = object()
+        with self._lock:
+            self._waits[token] = (holders, time.monotonic())
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._waits[token]
+
+    @property
+    def under_way(self) -> tuple[frozenset[str], float]:
+        """The workers that the longest of the fetches waits for, and since when."""
+        with self._lock:
+            nobody: tuple[frozenset[str], float] = (frozenset(), time.monotonic())
+            return min(self._waits.values(), key=lambda wait: wait[1], default=nobody)
 
 
 def used_bytes(worker: Worker) -> int:
@@ -60,6 +97,7 @@ def make_reader(
     size_bytes: int,
     uses: float,
     abort: threading.Event,
+    wait: FetchWait | None = None,
 ) -> BlockReader:
     """Make the reader of some blocks.
 
@@ -75,12 +113,16 @@ def make_reader(
         How often this rank will read each of them.
     abort : threading.Event
         Ends a fetch that is under way.
+    wait : FetchWait, optional
+        Told whom a fetch waits for.
     """
     from dask_nn.data.reader import ClusterReader, StreamReader
     from dask_nn.data.stream import Stream
 
+    told = FetchWait() if wait is None else wait
+
     def fetch(wanted: list[Any]) -> list[Any]:
-        found: list[Any] = sync(worker.loop, _gather, worker, wanted, abort)
+        found: list[Any] = sync(worker.loop, _gather, worker, wanted, abort, told)
         return found
 
     if isinstance(data, Stream):
@@ -112,43 +154,82 @@ def _check(abort: threading.Event) -> None:
         raise Aborted(message)
 
 
-async def _gather(worker: Worker, wanted: list[Any], abort: threading.Event) -> list[Any]:
+async def _gather(
+    worker: Worker, wanted: list[Any], abort: threading.Event, wait: FetchWait
+) -> list[Any]:
     found: dict[Any, Any] = {}
-    deadline = time.monotonic() + FETCH_S
+    missing = list(dict.fromkeys(wanted))
+    lost_s = 0.0
     while True:
-        missing = [key for key in wanted if key not in found]
-        found |= await _attempt(worker, missing, abort)
-        if len(found) == len(set(wanted)):
+        began = time.monotonic()
+        who_has = await _unless(abort, worker.scheduler.who_has(keys=missing), timeout_s=ASK_S)
+        holders = {key: tuple(who) for key, who in (who_has or {}).items() if who}
+        if holders:
+            # For as long as it takes: the client is told, and gives up a holder that hangs.
+            with wait.for_holders(frozenset().union(*holders.values())):
+                found |= await _attempt(worker, holders, abort)
+            began = time.monotonic()
+        missing = [key for key in missing if key not in found]
+        if not missing:
             return [found[key] for key in wanted]
-        if time.monotonic() > deadline:
-            lacking = [key for key in wanted if key not in found]
-            message = f"blocks {lacking} are on no worker any more; was their future cancelled?"
-            raise RuntimeError(message)
+        asked = worker.scheduler.get_task_status(keys=missing)
+        states = await _unless(abort, asked, timeout_s=ASK_S) or {}
         await asyncio.sleep(PAUSE_S)
+        under_way = any(states.get(key) in UNDER_WAY for key in missing)
+        lost_s = 0.0 if under_way else lost_s + time.monotonic() - began
+        if lost_s > FETCH_S:
+            erred = [key for key in missing if states.get(key) == "erred"]
+            what = "could not be computed again" if erred else "are on no worker any more"
+            message = f"blocks {erred or missing} {what}; was their future cancelled?"
+            raise Aborted(message)
 
 
-async def _attempt(worker: Worker, wanted: list[Any], abort: threading.Event) -> dict[Any, Any]:
+async def _attempt(
+    worker: Worker, holders: dict[Any, tuple[str, ...]], abort: threading.Event
+) -> dict[Any, Any]:
     """Ask those who have the blocks, once; give up a peer that the scheduler has given up."""
-    who_has = await worker.scheduler.who_has(keys=wanted)
-    present = {key: addresses for key, addresses in who_has.items() if addresses}
-    task = asyncio.ensure_future(gather_from_workers(present, rpc=worker.rpc))
-    now = time.monotonic()
-    deadline, look = now + ATTEMPT_S, now + LOOK_S
-    while not task.done():
-        await asyncio.wait([task], timeout=POLL_S)
-        now = time.monotonic()
-        gone = False
-        if now > look and not task.done():
-            look = now + LOOK_S
-            still = await worker.scheduler.who_has(keys=list(present))
-            gone = any(not set(still[key]) & set(holders) for key, holders in present.items())
-        if abort.is_set() or gone or now > deadline:
-            task.cancel()
-            await asyncio.wait([task])
-            break
-    if abort.is_set():
-        message = "told to end while fetching blocks"
-        raise Aborted(message)
-    if task.cancelled() or task.exception() is not None:
-        return {}
-    return dict(task.result()[0])
+
+    async def until_gone() -> None:
+        held = True
+        while held:
+            await asyncio.sleep(LOOK_S)
+            still = await worker.scheduler.who_has(keys=list(holders))
+            held = all(set(still[key]) & set(who) for key, who in holders.items())
+
+    gather = asyncio.ensure_future(gather_from_workers(holders, rpc=worker.rpc))
+    look = asyncio.ensure_future(until_gone())
+    try:
+        await _unless(abort, asyncio.wait({gather, look}, return_when=asyncio.FIRST_COMPLETED))
+    finally:
+        gather.cancel()
+        look.cancel()
+        results = await asyncio.gather(gather, look, return_exceptions=True)
+    return {} if isinstance(results[0], BaseException) else dict(results[0][0])
+
+
+async def _unless[T](
+    abort: threading.Event, answer: Awaitable[T], *, timeout_s: float | None = None
+) -> T | None:
+    """Wait for an answer; None if there is none, or not in time.
+
+    Raises
+    ------
+    Aborted
+        Once the flag is set.
+    """
+    task = asyncio.ensure_future(answer)
+    deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    try:
+        while not task.done() and time.monotonic() < deadline:
+            await asyncio.wait([task], timeout=POLL_S)
+            if abort.is_set():
+                message = "told to end while fetching blocks"
+                raise Aborted(message)
+    finally:
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(result, OSError | asyncio.CancelledError):
+        return None
+    if isinstance(result, BaseException):
+        raise result
+    return result

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.errors import ClusterError, IncompatibleWorkers
+from dask_nn.controller.cluster import scheduler_lost
+from dask_nn.controller.gang_end import GangEnd, Loss
+from dask_nn.controller.reachability import ask_for_reach, judge, largest_reachable
 from dask_nn.events import Event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from distributed import Client
 
@@ -20,55 +22,21 @@ if TYPE_CHECKING:
     from dask_nn.controller.listening import Listener, RankMessages
     from dask_nn.controller.membership import Membership
     from dask_nn.controller.rank_group import RankGroup
-    from dask_nn.training.outcome import RankOutcome
+    from dask_nn.controller.worker_side import Seat
 
-__all__ = ["GangEnd", "GangWatch"]
+__all__ = ["GangWatch"]
 
 POLL_S = 0.2
-# Once a gang breaks, its ranks get so long to say how they ended.
-AFTERMATH_S = 5.0
-# Ctrl-C waits so long for the ranks to reach a step boundary.
+# Once a gang breaks, tasks of ranks that have not begun yet are waited for so long.
+BEGIN_S = 5.0
+# After Ctrl-C the user is told for what the ranks are waited for; after a second one they get so
+# long, and are left.
 STOP_S = 1.5
 # However the run ended, ranks that still work get so long to notice.
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
 # A look that comes so late finds silence that is this process's own fault.
 LATE_S = 3.0
-
-
-@dataclass
-class GangEnd:
-    """How a gang ended: with the run's end if there is no cause.
-
-    Attributes
-    ----------
-    outcomes : list of RankOutcome
-        Of the ranks that could say how they ended, by rank.
-    cause : str or None
-        See :class:`~dask_nn.controller.failure_policy.Situation`.
-    lost : list of (str, int)
-        Workers that were lost, and their ranks.
-    reason : str
-        In words.
-    interrupted : bool
-        Whether Ctrl-C ended it.
-    broken_at : float
-        When it broke, by ``time.monotonic()``.
-    """
-
-    outcomes: list[RankOutcome] = field(default_factory=list)
-    cause: Cause | None = None
-    lost: list[tuple[str, int]] = field(default_factory=list)
-    reason: str = ""
-    interrupted: bool = False
-    broken_at: float = field(default_factory=time.monotonic)
-    deadline: float | None = None
-
-    def break_off(self, cause: Cause, patience_s: float) -> None:
-        """Note that the gang cannot go on; its ranks get so long to say how they ended."""
-        self.cause = cause
-        self.broken_at = time.monotonic()
-        self.deadline = self.broken_at + patience_s
 
 
 class GangWatch:
@@ -92,6 +60,8 @@ class GangWatch:
         Told of workers that take no part.
     wants_resize : callable
         Tells whether a gang should make room for another one, of other workers.
+    restore_blocks : callable
+        Puts blocks that only the client can make again back on the cluster; tells whether it could.
     """
 
     def __init__(
@@ -105,6 +75,7 @@ class GangWatch:
         changed: threading.Event,
         listener: Listener,
         wants_resize: Callable[[RankGroup], bool],
+        restore_blocks: Callable[[], bool],
     ) -> None:
         self._client = client
         self._membership = membership
@@ -114,11 +85,18 @@ class GangWatch:
         self._changed = changed
         self._listener = listener
         self._wants_resize = wants_resize
+        self._restore_blocks = restore_blocks
+        self._inquiry: Future[dict[str, Any]] | None = None
+        self._inquire_at = 0.0
+        self._restored: set[str] = set()
+        self._impatient_at: float | None = None
         self._looked = self._caught_up = time.monotonic()
 
     def follow(self, group: RankGroup) -> GangEnd:
         """Watch a gang until all its ranks have ended, or those that did not are given up."""
         end = GangEnd()
+        self._inquiry, self._impatient_at = None, None
+        self._restored = set(self._membership.removed)
         while True:
             try:
                 self.wait()
@@ -126,11 +104,22 @@ class GangWatch:
                 if self._has_ended(group, end):
                     return end
             except KeyboardInterrupt:
-                if end.interrupted:
+                if self._impatient_at is not None:
                     raise
-                end.interrupted = True
-                end.deadline = time.monotonic() + STOP_S
-                group.signal("finish", self._membership.removed)
+                self._stop(group, end)
+
+    def _stop(self, group: RankGroup, end: GangEnd) -> None:
+        """Do as Ctrl-C wants: stop at a step boundary; at the second time, at once."""
+        removed = self._membership.removed
+        if end.interrupted:
+            self._impatient_at = time.monotonic()
+            group.signal("abort", removed)
+            return
+        end.interrupted = True
+        group.signal("finish", removed)
+        seats = group.running(removed)
+        if seats:
+            self._tell("stopping", ranks=len(seats))
 
     def wait(self) -> None:
         """Wait until something happens, or a moment."""
@@ -147,23 +136,16 @@ class GangWatch:
         """
         now = time.monotonic()
         if self._client.status != "running":
-            message = (
-                f"the connection to the scheduler is {self._client.status}; without it nobody can "
-                "say what became of the workers. checkpoint= and resume=True go on elsewhere"
-            )
-            raise ClusterError(message)
+            raise scheduler_lost(self._client)
         if now - self._looked > LATE_S:  # this process slept: nobody else is to blame
             self._heartbeats.forgive(now)
         if now - self._caught_up > CATCH_UP_EVERY_S:
-            self._membership.catch_up()
+            self._messages.leaving -= self._membership.catch_up()
             self._caught_up = time.monotonic()
         self._looked = time.monotonic()
         self._messages.deliver()
         for address, reason in self._membership.refused().items():
-            details: dict[str, Any] = {"address": address, "rank": -1, "step": -1, "reason": reason}
-            self._listener.on_event(
-                Event(name="worker-refused", time_s=time.time(), details=details)
-            )
+            self._tell("worker-refused", address=address, rank=-1, step=-1, reason=reason)
 
     def end(self, group: RankGroup) -> None:
         """End ranks that are still at work: a cancelled task would go on in its thread."""
@@ -178,83 +160,125 @@ class GangWatch:
     def _has_ended(self, group: RankGroup, end: GangEnd) -> bool:
         """Judge a gang, and act on it; True when nothing more can be learnt from it."""
         removed = self._membership.removed
-        at_work = group.running(removed)  # before the outcomes: those are complete then
-        end.outcomes = [outcome for outcome in group.outcomes() if outcome is not None]
-        if end.cause in {None, "resize"} and not end.interrupted:
-            self._look_for_trouble(group, end)
-        if not at_work:
-            self._judge(end)
-            self._name_the_lost(group, end)
+        end.outcomes = group.outcomes()
+        self._look_for_trouble(group, end)
+        unknown = group.unknown(removed)
+        if not unknown or self._are_left(unknown, end):
+            end.judge(self._messages.generation)
+            for loss in end.losses:
+                if loss.cause == "refused":
+                    self._membership.exclude(loss.address, loss.reason)
+            if end.cause == "broken":
+                self._blame_the_network(group, end)
             return True
-        if end.cause is None and not end.interrupted and self._wants_resize(group):
-            end.break_off("resize", AFTERMATH_S + self._recovery.hang_timeout_s)
-            group.signal("stop", removed)
-        elif end.cause not in {None, "resize"}:
+        if end.is_broken:
             group.signal("abort", removed)  # again and again: one may just be starting
+        elif end.cause is None and not end.interrupted and self._wants_resize(group):
+            # It goes on until it comes to a step boundary, however long that takes.
+            end.break_off("resize")
+            group.signal("stop", removed)
         if self._messages.save_wanted and not end.interrupted:
             self._messages.save_wanted = False
             group.signal("save", removed)
-        if end.deadline is None or time.monotonic() < max(
-            end.deadline, self._messages.saving_until
-        ):
-            return False
-        if not end.interrupted:
-            end.cause, end.reason = "hung", "did not end when asked to"
-            end.lost += [(seat.address, seat.rank) for seat in at_work]
-            for seat in at_work:
-                self._membership.evict(seat.address, end.reason)
-        return True
+        return False
+
+    def _are_left(self, seats: list[Seat], end: GangEnd) -> bool:
+        """Tell whether ranks are not waited for any more that have neither ended nor hang."""
+        now = time.monotonic()
+        if self._impatient_at is not None and now > self._impatient_at + STOP_S:
+            return True
+        begun = any(self._heartbeats.has_spoken(seat.rank) for seat in seats)
+        return end.is_broken and not begun and now > end.broken_at + BEGIN_S
 
     def _look_for_trouble(self, group: RankGroup, end: GangEnd) -> None:
         """Set the cause if the gang cannot finish what it began."""
         removed = self._membership.removed
-        gone = group.lost(removed)
-        if gone:
-            end.lost = [(seat.address, seat.rank) for seat in gone]
-            end.reason = "left the cluster"
-            end.break_off("lost", AFTERMATH_S)
-            return
+        for seat in group.lost(removed):
+            if seat.address not in removed:
+                self._give_up(end, seat, "hung", "did not hand over how its rank ended")
+            else:
+                end.lose([_loss(seat, "lost", "left the cluster")])
         seats = {seat.rank: seat for seat in group.running(removed)}
-        hung = self._heartbeats.hung(seats, time.monotonic())
-        for rank, silent_s in hung.items():
-            address = seats[rank].address
-            end.lost.append((address, rank))
-            end.reason = f"gave no sign of life for {silent_s:.0f} s"
-            self._membership.evict(address, end.reason)
-        if hung:
-            end.break_off("hung", AFTERMATH_S)
-        elif any(outcome.status in {"failed", "aborted"} for outcome in end.outcomes):
-            end.break_off("broken", AFTERMATH_S)
+        now = time.monotonic()
+        for rank, silent_s in self._heartbeats.hung(seats, now).items():
+            if end.is_broken and not self._heartbeats.has_spoken(rank):
+                continue  # it has not begun, and shall not
+            reason = f"gave no sign of life for {silent_s:.0f} s"
+            self._give_up(end, seats[rank], "hung", reason)
+        self._look_at_the_network(group, end, seats)
+        if any(outcome.status in {"failed", "aborted"} for outcome in end.outcomes):
+            end.break_off("broken")
+        members = {seat.address for seat in group.seats}
+        gone = self._membership.removed - self._restored - members
+        if gone and not end.is_broken and self._restore_blocks():
+            self._restored |= gone
 
-    def _judge(self, end: GangEnd) -> None:
-        """Decide what the outcomes of a gang that has ended mean for the run."""
-        failed = [outcome for outcome in end.outcomes if outcome.status == "failed"]
-        refused = [o for o in failed if isinstance(o.exception, IncompatibleWorkers)]
-        if refused and self._messages.generation:
-            error = refused[0].exception
-            end.cause = "refused"
-            end.reason = str(error)
-            for address in getattr(error, "addresses", ()):
-                self._membership.exclude(address, end.reason)
-                end.lost.append((address, -1))
+    def _look_at_the_network(self, group: RankGroup, end: GangEnd, seats: dict[int, Seat]) -> None:
+        """Ask workers whether they reach each other, where ranks wait for what does not come."""
+        now = time.monotonic()
+        standstill_s = self._heartbeats.standstill(seats)
+        holders = self._heartbeats.holders(seats) - self._membership.removed
+        if self._inquiry is None:
+            if (standstill_s or holders) and not end.is_broken and now >= self._inquire_at:
+                asked = holders | {seat.address for seat in seats.values()}
+                self._inquiry = ask_for_reach(self._client, asked, self._recovery.hang_timeout_s)
+                self._inquiry.add_done_callback(lambda _: self._changed.set())
             return
-        done = {outcome.status for outcome in end.outcomes}
-        leader = any(o.rank == 0 and o.state for o in end.outcomes)
-        # An exception of the user's code would come again; so would a loss that is not finite.
-        if failed or "non_finite" in done or end.interrupted:
-            end.cause = None
-        elif end.cause == "resize":
-            end.cause = None if done == {"finished"} and leader else "resize"
-        elif end.cause is None and not (leader and done == {"finished"}):
-            # Nobody here asked them to stop: a worker of theirs is about to close.
-            end.cause = "resize" if done <= {"finished", "stopped"} else "broken"
+        if not self._inquiry.done():
+            return
+        answers, self._inquiry = self._inquiry.result(), None
+        self._inquire_at = now + self._recovery.hang_timeout_s
+        if self._give_up_unreachable(group, end, answers) or not standstill_s:
+            return
+        # The next gang connects anew, and waits longer before it is suspected of the same.
+        self._heartbeats.note_wait(standstill_s)
+        end.break_off("broken", f"no rank heard of its peers for {standstill_s:.0f} s")
 
-    def _name_the_lost(self, group: RankGroup, end: GangEnd) -> None:
-        """Add workers that were lost after the gang broke, or were the reason that it did."""
-        if end.cause is None:
+    def _blame_the_network(self, group: RankGroup, end: GangEnd) -> None:
+        """Find out whether a gang that broke without anyone to blame could not connect."""
+        members = [seat.address for seat in group.seats]
+        if len(set(members)) < 2 or self._client.status != "running":
             return
-        named = {address for address, _ in end.lost}
-        later = [seat for seat in group.lost(self._membership.removed) if seat.address not in named]
-        end.lost += [(seat.address, seat.rank) for seat in later]
-        if later and end.cause in {"broken", "resize"}:
-            end.cause, end.reason = "lost", "left the cluster"
+        timeout_s = self._recovery.hang_timeout_s
+        asked = ask_for_reach(self._client, members, timeout_s)
+        self._give_up_unreachable(group, end, asked.result(4 * timeout_s))
+
+    def _give_up_unreachable(self, group: RankGroup, end: GangEnd, answers: dict[str, Any]) -> bool:
+        """Let go of workers that do not answer, or that the most do not reach; True if any."""
+        removed = self._membership.removed
+        findings = judge({a: answer for a, answer in answers.items() if a not in removed})
+        seats = {seat.address: seat for seat in group.seats}
+        found = [address for address in answers if address not in removed]
+        for address in findings.silent:
+            self._give_up_worker(end, seats, address, "hung", "does not answer")
+        # Ranks stay rather than workers that only hold blocks, and low ranks rather than high ones.
+        order = [address for address in seats if address in found]
+        order += [address for address in found if address not in seats]
+        order = [address for address in order if address not in findings.silent]
+        stays = largest_reachable(order, findings.cut)
+        for address in set(order) - set(stays):
+            others = sorted({a for pair in findings.cut if address in pair for a in pair})
+            others.remove(address)
+            reason = f"is cut off from {', '.join(others)}"
+            self._give_up_worker(end, seats, address, "lost", reason)
+        return len(stays) < len(found)
+
+    def _give_up_worker(
+        self, end: GangEnd, seats: dict[str, Seat], address: str, cause: Cause, reason: str
+    ) -> None:
+        if address in seats:
+            self._give_up(end, seats[address], cause, reason)
+            return
+        self._membership.evict(address, reason)
+        self._tell(f"worker-{cause}", address=address, rank=-1, step=-1, reason=reason)
+
+    def _give_up(self, end: GangEnd, seat: Seat, cause: Cause, reason: str) -> None:
+        self._membership.evict(seat.address, reason)
+        end.lose([_loss(seat, cause, reason)])
+
+    def _tell(self, name: str, **details: Any) -> None:
+        self._listener.on_event(Event(name=name, time_s=time.time(), details=details))
+
+
+def _loss(seat: Seat, cause: Cause, reason: str) -> Loss:
+    return Loss(address=seat.address, rank=seat.rank, cause=cause, reason=reason)

@@ -7,27 +7,44 @@ from the newest of these: ranks on the same worker take it as it is, others copy
 from __future__ import annotations
 
 import asyncio
-import pickle
 import threading
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.utils import sync
 
 from dask_nn import faults
+from dask_nn.controller.state_pieces import StatePieces, assemble
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from distributed import Worker
 
     from dask_nn.training.snapshot import Keepsake, Snapshot
 
-__all__ = ["Position", "StateSource", "fetch_state", "forget", "keep", "kept", "serve_states"]
+__all__ = [
+    "Position",
+    "StateSource",
+    "collect_state",
+    "fetch_state",
+    "forget",
+    "forget_all_but",
+    "forget_older",
+    "keep",
+    "kept",
+    "serve_states",
+    "state_piece",
+]
 
 OPERATION = "dask_nn_state"
 # States travel in pieces of this size; each must come within the deadline.
 PIECE_BYTES = 32 << 20
-PIECE_S = 10.0
+PIECE_S = 30.0
+# A rank may end after its run: so many runs are remembered to be over.
+MOST_FORGOTTEN = 1000
 
 
 class Position(NamedTuple):
@@ -60,19 +77,30 @@ class StateSource:
 class _Kept:
     generation: int
     keepsake: Keepsake
-    pickled: bytes | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    pieces: StatePieces | None = None
+
+    def piece(self, offset: int) -> tuple[int, bytes]:
+        with self.lock:
+            if self.pieces is None:
+                self.pieces = StatePieces(self.keepsake.snapshot)
+        return len(self.pieces), self.pieces.piece(offset, PIECE_BYTES)
 
 
 # By worker and run: workers of threads share a process.
 _kept: dict[tuple[str, str], _Kept] = {}
+_forgotten: deque[str] = deque(maxlen=MOST_FORGOTTEN)
 _lock = threading.Lock()
 
 
 def keep(address: str, run_id: str, generation: int, keepsake: Keepsake) -> None:
-    """Leave a rank's state in this process; that of an older gang never replaces a newer one."""
+    """Leave a rank's state in this process.
+
+    That of an older gang never replaces a newer one, and that of a run that is over is dropped.
+    """
     with _lock:
         found = _kept.get((address, run_id))
-        if found is None or found.generation <= generation:
+        if run_id not in _forgotten and (found is None or found.generation <= generation):
             _kept[address, run_id] = _Kept(generation, keepsake)
 
 
@@ -86,7 +114,23 @@ def kept(address: str, run_id: str) -> Keepsake | None:
 def forget(run_id: str) -> None:
     """Drop the states of a run that is over."""
     with _lock:
+        _forgotten.append(run_id)
         for key in [key for key in _kept if key[1] == run_id]:
+            del _kept[key]
+
+
+def forget_older(address: str, run_id: str, generation: int) -> None:
+    """Drop what a worker keeps of gangs before this one, whose ranks all have their own state."""
+    with _lock:
+        found = _kept.get((address, run_id))
+        if found is not None and found.generation < generation:
+            del _kept[address, run_id]
+
+
+def forget_all_but(address: str, runs: Collection[str]) -> None:
+    """Drop what a worker keeps of runs other than these: their clients are gone."""
+    with _lock:
+        for key in [key for key in _kept if key[0] == address and key[1] not in runs]:
             del _kept[key]
 
 
@@ -99,25 +143,38 @@ def serve_states(worker: Worker) -> None:
     worker.handlers.setdefault(OPERATION, handle)
 
 
+async def state_piece(
+    run_id: str, generation: int, offset: int, dask_worker: Worker
+) -> tuple[int, bytes] | None:
+    """Give a piece of a state that a worker keeps, and the size of the whole; None without one."""
+    return await asyncio.to_thread(_piece, dask_worker.address, run_id, generation, offset)
+
+
 def _piece(address: str, run_id: str, generation: int, offset: int) -> tuple[int, bytes] | None:
     if faults.hook is not None:
         faults.hook("serving state", {"run_id": run_id, "generation": generation})
     with _lock:
         found = _kept.get((address, run_id))
-        if found is None or found.generation != generation:
-            return None
-        if found.pickled is None:
-            found.pickled = pickle.dumps(found.keepsake.snapshot, pickle.HIGHEST_PROTOCOL)
-        pickled = found.pickled
-        if offset + PIECE_BYTES >= len(pickled):
-            found.pickled = None  # the last piece: it is made again in the rare case of need
-    return len(pickled), pickled[offset : offset + PIECE_BYTES]
+    if found is None or found.generation != generation:
+        return None
+    return found.piece(offset)
 
 
 def fetch_state(
-    worker: Worker, source: StateSource, run_id: str, abort: threading.Event
+    worker: Worker, source: StateSource, run_id: str, check: Callable[[], None]
 ) -> Snapshot:
     """Copy a state from the worker that has it.
+
+    Parameters
+    ----------
+    worker : Worker
+        That copies it.
+    source : StateSource
+        Where it is.
+    run_id : str
+        The run.
+    check : callable
+        Called before every piece; raises Aborted if this rank was told to end.
 
     Raises
     ------
@@ -132,22 +189,40 @@ def fetch_state(
                 run_id=run_id, generation=source.generation, offset=offset
             )
 
-    pieces: list[bytes] = []
-    received, total = 0, 1
-    while received < total:
-        if abort.is_set():
-            message = f"told to end while copying the state from {source.address}"
-            raise Aborted(message)
+    def ask_for(offset: int) -> Any:
+        check()
+        return sync(worker.loop, ask, offset)
+
+    return collect_state(ask_for, source)
+
+
+def collect_state(ask: Callable[[int], tuple[int, bytes] | None], source: StateSource) -> Snapshot:
+    """Put a state together from its pieces.
+
+    Parameters
+    ----------
+    ask : callable
+        Gives the piece from an offset on, and the size of the whole.
+    source : StateSource
+        Who is asked.
+
+    Raises
+    ------
+    Aborted
+        If there is no answer, or no state.
+    """
+    received = bytearray()
+    total = 1
+    while len(received) < total:
         try:
-            answer = sync(worker.loop, ask, received)
-        except (OSError, TimeoutError) as error:
+            answer = ask(len(received))
+        except OSError as error:
             message = f"{source.address}, which has the newest state, does not answer: {error!r}"
             raise Aborted(message) from error
         if answer is None:
             message = f"{source.address} does not have the newest state any more"
             raise Aborted(message)
         total, piece = answer
-        pieces.append(piece)
-        received += len(piece)
-    snapshot: Snapshot = pickle.loads(b"".join(pieces))  # noqa: S301  (made by this run's own rank)
+        received += piece
+    snapshot: Snapshot = assemble(received)
     return snapshot

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.controller.heartbeats import Beat
 from dask_nn.errors import TrainingError
 from dask_nn.events import Event, Progress
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "RankMessages"]
 
-# A rank that waits for its checkpoint says so more often than this.
-SAVING_S = 5.0
 # What a rank of an older gang had begun to write counts when it is written.
 LATE_EVENTS = frozenset({"checkpoint", "checkpoint-failed", "checkpoint-skipped"})
 
@@ -63,9 +62,6 @@ class RankMessages:
         Workers of ranks that are about to close.
     save_wanted : bool
         Whether the time of a rank's job is about to end.
-    saving_until : float
-        Until when, by ``time.monotonic()``, a rank that should have ended is left alone, because it
-        waits for a checkpoint to be written.
     saved : tuple of (int, int, float)
         Epoch and steps of the newest checkpoint of this run that is known to be whole, and when,
         by ``time.monotonic()``, that became known.
@@ -91,7 +87,6 @@ class RankMessages:
         self.generation = 0
         self.leaving: set[str] = set()
         self.save_wanted = False
-        self.saving_until = 0.0
         self.saved = (0, 0, time.monotonic())
 
     def subscribe(self) -> None:
@@ -130,13 +125,13 @@ class RankMessages:
         time_s, details = message["time_s"], message["details"]
         match message["kind"]:
             case "beat":
-                self._heartbeats.note_beat(message["rank"], details["stuck_s"])
+                self._heartbeats.note_beat(message["rank"], Beat(**details))
             case "leaving":
                 self.leaving.add(details["address"])
             case "walltime":
                 self.save_wanted = True
             case "saving":
-                self.saving_until = message["heard"] + SAVING_S
+                pass  # a sign of life
             case "start":
                 self._on_start(time_s, details)
             case "progress":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
-from dask_nn.controller.cluster import ask_workers, check_versions, client_versions, in_loop
+from dask_nn.controller.admission import Admission
+from dask_nn.controller.cluster import in_loop, list_workers
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
-from dask_nn.controller.worker_side import describe
-from dask_nn.errors import ConfigurationError, IncompatibleWorkers
+from dask_nn.errors import ClusterError, ConfigurationError, IncompatibleWorkers
 
 if TYPE_CHECKING:
     import threading
@@ -19,19 +20,22 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+    from dask_nn.checkpoints.options import Checkpoint
+
 __all__ = ["Membership"]
 
 logger = logging.getLogger("dask_nn")
 
-# How long the scheduler may take to list its workers.
-LIST_S = 5.0
-# A new worker imports torch before it answers.
-DESCRIBE_S = 60.0
 EVICT_S = 5.0
+# A worker that joins and does not reach its peers is asked again so much later.
+ASK_AGAIN_S = 10.0
 
 
 class Membership:
     """Follows the workers of a cluster for the length of a run.
+
+    A worker is a process, not an address: where ports are fixed, a nanny's replacement has the
+    address of what it replaces.
 
     Parameters
     ----------
@@ -41,19 +45,37 @@ class Membership:
         Those that are known to fit.
     changed : threading.Event
         Set whenever a worker joins, leaves, or has been looked at.
+    checkpoint : Checkpoint, optional
+        What workers that join must see, too.
+
+    Attributes
+    ----------
+    removed : set of str
+        Addresses whose worker is gone.
+    engaged : collection of str
+        Addresses that the present gang relies on: who comes back there meanwhile is another.
     """
 
     def __init__(
-        self, client: Client, workers: Sequence[WorkerFacts], changed: threading.Event
+        self,
+        client: Client,
+        workers: Sequence[WorkerFacts],
+        changed: threading.Event,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._client = client
         self._facts = {worker.address: worker for worker in workers}
         self._changed = changed
-        self._asked: dict[str, Future[dict[str, Any]]] = {}
+        self._admission = Admission(client, checkpoint)
+        self._asked: dict[str, Future[WorkerFacts]] = {}
         self._excluded: dict[str, str] = {}
+        self._processes: dict[str, str] = {}
+        self._evicted: set[str] = set()
         self._evictions: list[Future[Any]] = []
-        self._followed: list[str] = []
+        self._followed: set[str] = set()
+        self._ask_again: dict[str, float] = {}
         self.removed: set[str] = set()
+        self.engaged: Collection[str] = ()
 
     def __enter__(self) -> Self:
         """Listen, and catch up with what happened before."""
@@ -64,21 +86,55 @@ class Membership:
 
     def __exit__(self, *_: object) -> None:
         """Stop listening."""
+        for future in self._asked.values():
+            future.cancel()
         for address in self._followed if self._client.status == "running" else ():
             with contextlib.suppress(Exception):  # what ended the run says more
                 self._client.unsubscribe_topic(address)
 
-    def catch_up(self) -> None:
-        """Compare with the scheduler's own list: joined workers are only seen there."""
-        scheduler: Any = self._client.scheduler
-        listed = in_loop(self._client, scheduler.identity(n_workers=-1))
+    @property
+    def present(self) -> list[str]:
+        """The workers that may be asked something."""
+        return sorted(self._processes.keys() - self.removed)
+
+    def catch_up(self) -> set[str]:
+        """Compare with the scheduler's own list: joined workers are only seen there.
+
+        Returns
+        -------
+        set of str
+            Addresses where another process is now.
+        """
+        gone = set(self.removed)
         try:
-            present = set(listed.result(LIST_S)["workers"])
-        except (OSError, TimeoutError):
-            return  # whoever cares looks at the connection itself
-        self.removed |= self._facts.keys() - present
-        for address in present - self._facts.keys() - self._asked.keys() - self._excluded.keys():
-            self._look_at(address)
+            present = list_workers(self._client)
+        except ClusterError:
+            return set()  # whoever cares looks at the connection itself
+        replaced = {
+            address
+            for address, process in present.items()
+            if self._processes.get(address, process) != process
+        }
+        self.removed |= (self._facts.keys() - present.keys()) | (replaced & set(self.engaged))
+        replaced -= set(self.engaged)
+        for address in replaced:
+            self._facts.pop(address, None)
+            self._excluded.pop(address, None)
+            if address in self._asked:
+                self._asked.pop(address).cancel()
+        # News of a worker that left may come when another is already at its address.
+        late = (gone & present.keys()) - self._evicted - set(self.engaged)
+        self.removed -= replaced | late
+        self._evicted -= replaced
+        for address, process in present.items():
+            if address not in self.engaged:
+                self._processes[address] = process
+            self._processes.setdefault(address, process)
+        unknown = present.keys() - self._facts.keys() - self._asked.keys()
+        for address in unknown - self._excluded.keys():
+            if time.monotonic() >= self._ask_again.get(address, 0.0):
+                self._look_at(address)
+        return replaced
 
     def exclude(self, address: str, reason: str) -> None:
         """Give this worker no rank any more."""
@@ -92,6 +148,7 @@ class Membership:
         """
         self.exclude(address, reason)
         self.removed.add(address)
+        self._evicted.add(address)
         future = in_loop(
             self._client,
             self._client._run_on_scheduler(_remove, address),  # noqa: SLF001  (the other blocks)
@@ -115,12 +172,17 @@ class Membership:
                 continue
             del self._asked[address]
             try:
-                facts = WorkerFacts(**future.result()[address])
-                check_versions([facts], client_versions())
+                facts = future.result()
+            except ConnectionError as error:
+                # Perhaps because a peer is about to be lost.
+                if address not in self._ask_again:
+                    refused[address] = f"{error}"
+                self._ask_again[address] = time.monotonic() + ASK_AGAIN_S
+            except (OSError, KeyError):
+                pass  # it is gone again, or too slow; if it is there still, it is asked once more
             except Exception as error:
-                if address not in self.removed:
-                    refused[address] = f"{error}" or repr(error)
-                    self.exclude(address, refused[address])
+                refused[address] = f"{error}" or repr(error)
+                self.exclude(address, refused[address])
             else:
                 self._facts[address] = facts
                 self._follow(address)
@@ -150,11 +212,11 @@ class Membership:
                 self.removed.add(address)
                 self._changed.set()
 
-        self._followed.append(address)
+        self._followed.add(address)
         self._client.subscribe_topic(address, hear)
 
     def _look_at(self, address: str) -> None:
-        future = ask_workers(self._client, describe, [address], timeout_s=DESCRIBE_S)
+        future = self._admission.examine(address, sorted(self.engaged))
         self._asked[address] = future
         future.add_done_callback(lambda _: self._changed.set())
 

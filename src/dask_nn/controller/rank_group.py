@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import pickle
+import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +13,46 @@ import cloudpickle
 from distributed import KilledWorker
 
 from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
-from dask_nn.controller.cluster import ask_workers
+from dask_nn.controller.cluster import ask_workers, in_loop
 from dask_nn.controller.rank_handles import signal_ranks
+from dask_nn.controller.reachability import ask_for_reach, judge
 from dask_nn.controller.worker_side import RankPayload, Seat, run_rank
+from dask_nn.errors import Aborted
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
     import threading
+    from concurrent.futures import Future as LoopFuture
 
     from distributed import Client, Future
 
     from dask_nn.controller.keeping import StateSource
     from dask_nn.controller.placement import Seating
 
-__all__ = ["RankGroup", "choose_again", "choose_collective", "rank_places"]
+__all__ = [
+    "RankGroup",
+    "Unanswered",
+    "choose_again",
+    "choose_collective",
+    "outcome_of_error",
+    "rank_places",
+]
 
 SIGNAL_S = 1.0
-START_S = 30.0
+
+
+class Unanswered(OSError):
+    """Workers of a gang do not take what they are sent.
+
+    Parameters
+    ----------
+    addresses : tuple of str
+        Those that do not answer at all; perhaps none.
+    """
+
+    def __init__(self, addresses: tuple[str, ...]) -> None:
+        super().__init__(f"no answer from {', '.join(addresses) or 'some worker'}")
+        self.addresses = addresses
 
 
 def choose_collective(seating: Seating, *, device: str, wanted: str | None = None) -> str:
@@ -82,6 +107,8 @@ class RankGroup:
         Where the run's state is.
     canary : bytes
         The fingerprint of the run's first gang.
+    hang_timeout_s : float
+        A worker that does not answer for so long is given up.
     """
 
     def __init__(
@@ -95,7 +122,9 @@ class RankGroup:
         changed: threading.Event,
         source: StateSource | None = None,
         canary: bytes = b"",
+        hang_timeout_s: float = 10.0,
     ) -> None:
+        self._hang_timeout_s = hang_timeout_s
         self._client = client
         self._run_id = run_id
         self.generation = generation
@@ -120,21 +149,24 @@ class RankGroup:
             for rank, worker in enumerate(workers)
         ]
         self._futures: list[Future[Any]] = []
+        self._outcomes: dict[int, RankOutcome] = {}
+        self._fetches: dict[int, LoopFuture[RankOutcome]] = {}
+        # Ranks that have ended, but whose worker does not say how.
+        self.unheard: set[int] = set()
 
     def start(self, payload: RankPayload) -> None:
         """Send the payload to the gang's workers and start the rank tasks.
 
         Raises
         ------
+        Unanswered
+            If they do not take it within the deadline.
         Exception
             Whatever Dask raises if a worker has left the cluster meanwhile.
         """
         # By value for what has no importable name, such as a module defined in a notebook.
         pickled = cloudpickle.dumps(payload, protocol=pickle.HIGHEST_PROTOCOL)
-        addresses = [seat.address for seat in self.seats]
-        sent = self._client.scatter(
-            pickled, workers=addresses, broadcast=True, hash=False, timeout=START_S
-        )
+        sent = self._send(pickled, payload.settings.start_timeout_s)
         for seat in self.seats:
             future = self._client.submit(
                 run_rank,
@@ -150,20 +182,31 @@ class RankGroup:
             future.add_done_callback(lambda _: self._changed.set())
             self._futures.append(future)
 
-    def outcomes(self) -> list[RankOutcome | None]:
-        """Give the outcomes of the ranks that have ended, None for the others."""
-        return [
-            self._outcome(seat, future)
-            for seat, future in zip(self.seats, self._futures, strict=True)
-        ]
+    def outcomes(self) -> list[RankOutcome]:
+        """Give the outcomes that are known by now, by rank; each is fetched once."""
+        for seat, future in zip(self.seats, self._futures, strict=False):
+            if future.status == "pending" or seat.rank in self._outcomes | self._fetches.keys():
+                continue
+            fetch = in_loop(self._client, self._fetch_outcome(seat, future))
+            self._fetches[seat.rank] = fetch
+            fetch.add_done_callback(lambda _: self._changed.set())
+        for rank, fetch in list(self._fetches.items()):
+            if fetch.done():
+                try:
+                    self._outcomes[rank] = fetch.result()
+                except Exception:
+                    self.unheard.add(rank)
+                    continue
+                self._fetches.pop(rank)
+        return [self._outcomes[rank] for rank in sorted(self._outcomes)]
 
     def lost(self, removed: set[str]) -> list[Seat]:
-        """Give the seats whose worker is among the removed ones, and whose end is not known."""
+        """Give the seats of ranks whose end cannot be known: their worker is gone, or hangs."""
         return [
             seat
             for seat in self.seats
-            if seat.address in removed
-            and not (self._futures and self._futures[seat.rank].status == "finished")
+            if seat.rank not in self._outcomes
+            and (seat.address in removed or seat.rank in self.unheard)
         ]
 
     def running(self, removed: set[str]) -> list[Seat]:
@@ -172,6 +215,15 @@ class RankGroup:
             seat
             for seat, future in zip(self.seats, self._futures, strict=False)
             if future.status == "pending" and seat.address not in removed
+        ]
+
+    def unknown(self, removed: set[str]) -> list[Seat]:
+        """Give the seats of ranks that are at work, or whose outcome is on its way."""
+        lost = {seat.rank for seat in self.lost(removed)}
+        return [
+            seat
+            for seat in self.seats[: len(self._futures)]
+            if seat.rank not in self._outcomes and seat.rank not in lost
         ]
 
     def signal(self, order: str, removed: set[str]) -> None:
@@ -194,6 +246,8 @@ class RankGroup:
 
     def release(self) -> None:
         """Let go of the tasks; those that still run are cancelled."""
+        for fetch in self._fetches.values():
+            fetch.cancel()
         for future in self._futures:
             if future.done() or self._client.status != "running":
                 future.release()
@@ -201,27 +255,56 @@ class RankGroup:
                 future.cancel()
         self._futures = []
 
-    def _outcome(self, seat: Seat, future: Future[Any]) -> RankOutcome | None:
-        if future.status == "pending":
-            return None
-        if future.status == "finished":
-            outcome: Any = future.result()
-            return outcome if isinstance(outcome, RankOutcome) else None
-        error: BaseException = (
-            future.exception()
-            if future.status == "error"
-            else RuntimeError("the rank's task was cancelled")
+    def _send(self, payload: bytes, timeout_s: float) -> Future[Any]:
+        """Put the payload into the memory of the gang's workers."""
+        addresses = [seat.address for seat in self.seats]
+        scatter: Any = self._client._scatter  # noqa: SLF001  (the other has no deadline)
+        sending = in_loop(
+            self._client,
+            scatter(payload, workers=addresses, broadcast=True, hash=False, timeout=timeout_s),
         )
-        return RankOutcome(
-            rank=seat.rank,
-            address=seat.address,
-            status="failed" if future.status == "error" and not _is_loss(error) else "aborted",
-            has_state=False,
-            error=f"{type(error).__name__}: {error}",
-            traceback=f"{type(error).__name__}: {error}\n",
-        )
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                sent: Future[Any] = sending.result(self._hang_timeout_s)
+            except TimeoutError:
+                if sending.done():
+                    raise
+            else:
+                return sent
+            asked = ask_for_reach(self._client, addresses, self._hang_timeout_s)
+            silent = judge(asked.result(4 * self._hang_timeout_s)).silent
+            if silent or time.monotonic() > deadline:
+                sending.cancel()
+                raise Unanswered(tuple(sorted(silent)))
+
+    async def _fetch_outcome(self, seat: Seat, future: Future[Any]) -> RankOutcome:
+        if future.status == "error":
+            return outcome_of_error(seat, await future._exception())  # noqa: SLF001
+        if future.status == "cancelled":
+            return outcome_of_error(seat, None)
+        async with asyncio.timeout(self._hang_timeout_s):
+            (outcome,) = await self._client._gather([future])  # noqa: SLF001  (no deadline there)
+        if not isinstance(outcome, RankOutcome):
+            message = f"rank {seat.rank} ended with {outcome!r}"
+            raise TypeError(message)
+        return outcome
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Tell whether a task failed because of its worker, not because of what it did."""
-    return isinstance(error, KilledWorker | CancelledError | OSError)
+def outcome_of_error(seat: Seat, error: BaseException | None) -> RankOutcome:
+    """Say how a rank ended whose task failed; None where it was cancelled.
+
+    What ranks raise themselves is in their outcomes; here it is Dask that failed, or a rank that
+    was not to start.
+    """
+    error = error or CancelledError("the rank's task was cancelled")
+    blameless = isinstance(error, KilledWorker | CancelledError | OSError | Aborted)
+    text = f"{type(error).__name__}: {error}"
+    return RankOutcome(
+        rank=seat.rank,
+        address=seat.address,
+        status="aborted" if blameless else "failed",
+        has_state=False,
+        error=text,
+        traceback=f"{text}\n",
+    )

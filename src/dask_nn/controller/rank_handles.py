@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from distributed import Worker, WorkerPlugin
 
 from dask_nn.checkpoints.background import wait_for_all
+from dask_nn.errors import Aborted
 
 __all__ = ["RankHandle", "register", "say_farewell", "signal_ranks", "unregister"]
 
@@ -30,6 +31,7 @@ class RankHandle:
     save: threading.Event = field(default_factory=threading.Event)
     save_soon: threading.Event = field(default_factory=threading.Event)
     wait: threading.Event = field(default_factory=threading.Event)
+    unwanted: threading.Event = field(default_factory=threading.Event)
     address: str = ""
 
     def obey(self, order: str) -> None:
@@ -42,6 +44,9 @@ class RankHandle:
             case "leave":
                 self.save.set()
                 self.stop.set()
+            case "orphan":
+                self.unwanted.set()
+                self.obey("leave")
             case "finish":
                 self.wait.set()
                 self.obey("leave")
@@ -58,13 +63,13 @@ def register(place: tuple[str, int], handle: RankHandle) -> None:
 
     Raises
     ------
-    RuntimeError
+    Aborted
         If that rank runs here already.
     """
     with _handles_lock:
-        if any(other.rank == handle.rank for other in _handles[place]):
+        if any(other.rank == handle.rank for other in _handles.get(place, ())):
             message = f"rank {handle.rank} of this gang is running already on {handle.address}"
-            raise RuntimeError(message)
+            raise Aborted(message)
         _handles[place].append(handle)
 
 
@@ -85,8 +90,8 @@ def signal_ranks(run_id: str, generation: int, order: str) -> int:
         The gang.
     order : str
         ``"stop"`` at the next step boundary; ``"leave"``, which saves what is reached besides;
-        ``"finish"``, which waits until it is written, too; ``"save"`` and go on; ``"abort"`` at
-        once.
+        ``"finish"``, which waits until it is written, too; ``"orphan"``, which leaves nothing to
+        a next gang; ``"save"`` and go on; ``"abort"`` at once.
     """
     with _handles_lock:
         handles = list(_handles.get((run_id, generation), ()))

@@ -22,7 +22,13 @@ from dask_nn.controller.resume import (
 )
 from dask_nn.controller.spmd import run_spmd
 from dask_nn.controller.worker_side import RankPayload
-from dask_nn.errors import NonFiniteLoss, RankFailed, TrainingInterrupted
+from dask_nn.errors import (
+    NonFiniteLoss,
+    RankFailed,
+    TrainingError,
+    TrainingInterrupted,
+    WorkerLost,
+)
 from dask_nn.events import Event, Progress, RunInfo
 from dask_nn.training.in_process import run_in_process
 from dask_nn.training.result import TrainingResult
@@ -93,7 +99,7 @@ def execute(
     RankFailed
         If a rank raised an exception.
     WorkerLost
-        If a worker died.
+        If workers were lost and the run did not go on; carries what is trained so far.
     """
     spec, seating = prepared.spec, prepared.seating
     collective = "serial"
@@ -136,6 +142,7 @@ def execute(
         _tell_of_resumption(saved, story)
     elif resume and checkpoint is not None:
         story.on_named_event("no-checkpoint", {"path": str(checkpoint.url)})
+    lost: WorkerLost | None = None
     if client is None or seating is None:
         outcome, interrupted = run_in_process(
             spec,
@@ -170,7 +177,7 @@ def execute(
                 restore_blocks=partial(_restore, prepared, client),
             )
         else:
-            outcomes, interrupted = run_spmd(
+            end = run_spmd(
                 payload,
                 client=client,
                 workers=prepared.workers,
@@ -180,7 +187,12 @@ def execute(
                 restore_blocks=partial(_restore, prepared, client),
                 reload=partial(_reload, checkpoint, configuration, story),
             )
-    return _conclude(outcomes, interrupted, story, prepared)
+            outcomes, interrupted, lost = end.outcomes, end.interrupted, end.lost
+    try:
+        return _conclude(outcomes, interrupted, story, prepared, lost=lost)
+    except TrainingError as error:
+        error.events = story.events
+        raise
 
 
 class _Story:
@@ -264,17 +276,24 @@ def _tell_of_resumption(saved: SavedRun, story: _Story) -> None:
 
 
 def _conclude(
-    outcomes: Sequence[RankOutcome], interrupted: bool, story: _Story, prepared: PreparedRun
+    outcomes: Sequence[RankOutcome],
+    interrupted: bool,
+    story: _Story,
+    prepared: PreparedRun,
+    *,
+    lost: WorkerLost | None = None,
 ) -> TrainingResult:
     """Turn outcomes into a result, or into the error that explains them best."""
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if failed and not interrupted:
+    if failed and not (interrupted or lost):
         first = failed[0]
         if first.exception is not None and not first.steps:
             raise first.exception
         raise RankFailed(first.error, first.rank, first.steps, first.address, first.traceback)
     leader = next((o for o in outcomes if o.rank == 0 and o.state), None)
     if leader is None:
+        if lost is not None:
+            raise lost
         if interrupted:
             raise TrainingInterrupted(None)
         ended = outcomes[0] if outcomes else None
@@ -300,6 +319,8 @@ def _conclude(
         optimizer_state=leader.optimizer_state,
         events=story.events,
     )
+    if lost is not None:
+        raise WorkerLost(lost.address, lost.rank, lost.reason, result)
     story.on_end(result)
     if leader.status == "non_finite":
         raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)

@@ -7,25 +7,29 @@ import threading
 import time
 import uuid
 from collections import Counter
-from dataclasses import replace
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.cluster import ask_workers
+from dask_nn.controller.cluster import ask_workers, scheduler_lost
 from dask_nn.controller.failure_policy import Recovery, Situation, decide
-from dask_nn.controller.gang_watch import GangEnd, GangWatch
+from dask_nn.controller.gang_end import GangEnd, Loss
+from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.heartbeats import Heartbeats
+from dask_nn.controller.homecoming import bring_home, save_here, with_state
 from dask_nn.controller.keeping import Position, StateSource
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
-from dask_nn.controller.rank_group import RankGroup, choose_again
-from dask_nn.controller.worker_side import forget_run
-from dask_nn.errors import WorkerLost
+from dask_nn.controller.rank_group import RankGroup, Unanswered, choose_again
+from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
+from dask_nn.errors import CheckpointError, WorkerLost
 from dask_nn.events import Event
 from dask_nn.training.checkpointing import LastSave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from distributed import Client
 
@@ -39,6 +43,27 @@ __all__ = ["Listener", "run_spmd"]
 
 # A gang is resized at most so often: each time costs a fraction of a second.
 RESIZE_EVERY_S = 5.0
+FORGET_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpmdEnd:
+    """How a run ended.
+
+    Parameters
+    ----------
+    outcomes : list of RankOutcome
+        Of the ranks of the last gang that could say how they ended, by rank. That of rank 0 has the
+        newest state, if there is any.
+    interrupted : bool
+        Whether Ctrl-C ended it.
+    lost : WorkerLost or None
+        Why it was given up.
+    """
+
+    outcomes: list[RankOutcome]
+    interrupted: bool = False
+    lost: WorkerLost | None = None
 
 
 def run_spmd(
@@ -51,7 +76,7 @@ def run_spmd(
     recovery: Recovery,
     restore_blocks: Callable[[], None],
     reload: Callable[[], Snapshot | None],
-) -> tuple[list[RankOutcome], bool]:
+) -> SpmdEnd:
     """Train, with as many gangs as it takes.
 
     Parameters
@@ -75,20 +100,19 @@ def run_spmd(
 
     Returns
     -------
-    list of RankOutcome
-        Of all ranks of the last gang that could still say how they ended, by rank.
-    bool
-        Whether Ctrl-C ended the run.
+    SpmdEnd
+        Also where workers were lost and `recovery` says not to go on.
 
     Raises
     ------
-    WorkerLost
-        If workers were lost and `recovery` says not to go on.
     ClusterError
         If the scheduler is gone, or other trainings keep the workers for too long.
     """
     changed = threading.Event()
-    with Membership(client, workers, changed) as membership:
+    with (
+        _naming_the_scheduler(client),
+        Membership(client, workers, changed, payload.checkpoint) as membership,
+    ):
         run = _Run(
             payload,
             client=client,
@@ -101,6 +125,17 @@ def run_spmd(
         )
         with run.at_work():
             return run.train(seating)
+
+
+@contextlib.contextmanager
+def _naming_the_scheduler(client: Client) -> Iterator[None]:
+    """Turn what Dask raises without a scheduler into the error that says so."""
+    try:
+        yield
+    except (OSError, KeyError, CancelledError) as error:
+        if client.status == "running":
+            raise
+        raise scheduler_lost(client) from error
 
 
 class _Run:
@@ -129,6 +164,7 @@ class _Run:
         self._heartbeats = Heartbeats(
             hang_timeout_s=recovery.hang_timeout_s,
             start_timeout_s=payload.settings.start_timeout_s,
+            exchange_timeout_s=payload.settings.exchange_timeout_s,
         )
         self._messages = RankMessages(
             client,
@@ -148,8 +184,11 @@ class _Run:
             changed=changed,
             listener=listener,
             wants_resize=self._wants_resize,
+            restore_blocks=self._have_all_blocks,
         )
         self._canary = b""
+        self._told_start = False
+        self._bitwise = True
         self._source: StateSource | None = None
         self._generation = 0
         self._failures = 0
@@ -177,28 +216,78 @@ class _Run:
         with contextlib.suppress(Exception):  # what ended the run says more
             self._messages.unsubscribe()
             self._leases.release()
-            present = self._client.scheduler_info(n_workers=-1)["workers"]
-            ask_workers(
-                self._client, forget_run, list(present), self._run_id, timeout_s=1.0
-            ).result(2.0)
+            self._ask_all(forget_run, self._run_id).result(2 * FORGET_S)
 
-    def train(self, seating: Seating) -> tuple[list[RankOutcome], bool]:
+    def _ask_all(self, function: Callable[..., None], *arguments: Any) -> Future[dict[str, Any]]:
+        present = self._membership.present
+        return ask_workers(self._client, function, present, *arguments, timeout_s=FORGET_S)
+
+    def train(self, seating: Seating) -> SpmdEnd:
         """Run gang after gang."""
         try:
             seating = self._take_turns(seating)
         except KeyboardInterrupt:
-            return [], True
+            return SpmdEnd(outcomes=[], interrupted=True)
+        # What the runs of clients that were killed have left on the workers is nobody's.
+        self._ask_all(forget_runs_but, self._leases.runs())
         while True:
             end = self._run_gang(seating)
-            if end.cause is None:
-                return end.outcomes, end.interrupted
-            self._last_end = end
             self._find_newest(end)
-            found = self._next_seating(seating, end)
-            if found is None:
-                return end.outcomes, True
-            seating = found
+            if end.cause is None:
+                outcomes = self._with_newest_state(end)
+                if outcomes is not None:
+                    return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
+                end.break_off("broken", "no rank is left to say how it ended")
+            self._last_end = end
+            try:
+                seating = self._next_seating(seating, end)
+            except KeyboardInterrupt:
+                outcomes = self._salvage(end)
+                return SpmdEnd(outcomes=outcomes, interrupted=True)
+            except WorkerLost as error:
+                return SpmdEnd(outcomes=self._salvage(end), lost=error)
             self._generation += 1
+
+    def _with_newest_state(self, end: GangEnd) -> list[RankOutcome] | None:
+        """Give the outcomes of a gang that ends the run, with its state; None if that is lost."""
+        done = {outcome.status for outcome in end.outcomes}
+        if end.interrupted and "stopped" not in done:
+            return self._salvage(end)
+        if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
+            return self._marked(end.outcomes)
+        snapshot = bring_home(self._client, self._sources(), self._run_id)
+        if snapshot is None:
+            return end.outcomes if end.interrupted else None
+        return self._marked(with_state(end.outcomes, snapshot))
+
+    def _salvage(self, end: GangEnd) -> list[RankOutcome]:
+        """Fetch what the ranks have reached where the run does not go on, and save it."""
+        if self._client.status != "running":
+            return end.outcomes
+        snapshot = bring_home(self._client, self._sources(), self._run_id)
+        if snapshot is None:
+            return end.outcomes
+        checkpoint = self._payload.checkpoint
+        if checkpoint is not None and snapshot.position > self._messages.saved[:2]:
+            place = {"run_id": self._run_id, "generation": self._generation}
+            save_here(
+                checkpoint,
+                snapshot,
+                self._payload.configuration | place,
+                lambda name, details: self._tell(name, **details),
+            )
+        return self._marked(with_state(end.outcomes, snapshot))
+
+    def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
+        """Say whether the ranks of all gangs, not of the last one alone, computed the same bits."""
+        return [replace(o, bitwise=o.bitwise and self._bitwise) for o in outcomes]
+
+    def _sources(self) -> list[StateSource]:
+        """Give those that have the newest state."""
+        newest = self._source
+        if newest is None:
+            return []
+        return [s for s in self._states.values() if s.position == newest.position]
 
     def _take_turns(self, seating: Seating) -> Seating:
         """Get workers that no other run has: others of as many, where there are some, or wait."""
@@ -218,6 +307,7 @@ class _Run:
     def _run_gang(self, seating: Seating) -> GangEnd:
         self._heartbeats.clear()
         self._messages.generation = self._generation
+        self._membership.engaged = frozenset(seating.addresses)
         self._ranks = len(seating.workers)
         self._started = False
         if self._generation:
@@ -237,25 +327,39 @@ class _Run:
             changed=self._changed,
             source=self._source,
             canary=self._canary,
+            hang_timeout_s=self._recovery.hang_timeout_s,
         )
         try:
             try:
                 group.start(self._payload)
             except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
-                if self._client.status != "running":
-                    raise
-                self._membership.catch_up()
-                gone = group.lost(self._membership.removed)
-                lost = [(seat.address, seat.rank) for seat in gone]
-                return GangEnd(
-                    cause="lost" if lost else "broken",
-                    lost=lost,
-                    reason=f"left the cluster ({error!r})",
-                )
+                return self._not_started(group, error)
             return self._watch.follow(group)
         finally:
             self._watch.end(group)
             group.release()
+            self._membership.engaged = ()
+
+    def _not_started(self, group: RankGroup, error: OSError | KeyError) -> GangEnd:
+        """Say what became of a gang whose workers could not be sent their work."""
+        if self._client.status != "running":
+            raise error
+        end = GangEnd()
+        for address in error.addresses if isinstance(error, Unanswered) else ():
+            self._membership.evict(address, "does not answer")
+        self._membership.catch_up()
+        silent = isinstance(error, Unanswered)
+        end.lose(
+            Loss(
+                address=seat.address,
+                rank=seat.rank,
+                cause="hung" if silent else "lost",
+                reason="does not answer" if silent else f"left the cluster ({error!r})",
+            )
+            for seat in group.lost(self._membership.removed)
+        )
+        end.break_off("broken", f"its workers could not be sent their work: {error!r}")
+        return end
 
     def _tell_of_encryption(self, seating: Seating, collective: str) -> None:
         """Say once that gradients do not take the fastest way, and why."""
@@ -267,12 +371,27 @@ class _Run:
 
     def _prepare_next_gang(self) -> None:
         """Tell the ranks where to start, and what is saved already."""
-        if self._source is None:
-            self._payload = replace(self._payload, start=self._reload())
-            self._messages.note_start_from(self._payload.start)
+        source = self._source
+        if source is None or source.position < self._messages.saved[:2]:
+            start = self._reload_beyond(source)
+            if source is None or start is not None:
+                self._source = None
+                self._payload = replace(self._payload, start=start)
+                self._messages.note_start_from(start)
         epoch, steps, since = self._messages.saved
         saved = LastSave(epoch=epoch, steps=steps, age_s=time.monotonic() - since)
         self._payload = replace(self._payload, last_save=saved)
+
+    def _reload_beyond(self, source: StateSource | None) -> Snapshot | None:
+        """Read the newest checkpoint, if it is newer than what a worker still has."""
+        try:
+            found = self._reload()
+        except CheckpointError:
+            if source is None:
+                raise
+            return None
+        newer = found is not None and (source is None or found.position > source.position)
+        return found if newer else None
 
     def _wants_resize(self, group: RankGroup) -> bool:
         now = time.monotonic()
@@ -312,11 +431,18 @@ class _Run:
             del self._states[address]
         self._source = max(self._states.values(), key=lambda source: source.position, default=None)
 
-    def _next_seating(self, before: Seating, end: GangEnd) -> Seating | None:
-        """Wait until there are workers to go on with; None after Ctrl-C."""
+    def _next_seating(self, before: Seating, end: GangEnd) -> Seating:
+        """Wait until there are workers to go on with.
+
+        Raises
+        ------
+        WorkerLost
+            If the run shall not go on.
+        """
         cause = end.cause or "broken"
         same_step = self._count_failure(cause)
         self._tell_of_losses(end)
+        told = False
         while True:
             seating = self._find_seating()
             action = decide(
@@ -331,15 +457,18 @@ class _Run:
                 self._recovery,
             )
             if action.name == "give_up":
-                address, rank = end.lost[0] if end.lost else ("", -1)
+                self._tell("gave-up", reason=action.reason)
+                loss = end.losses[0] if end.losses else None
+                address, rank = ("", -1) if loss is None else (loss.address, loss.rank)
                 raise WorkerLost(address, rank, action.reason)
-            try:
-                if action.name != "go_on" or seating is None:
-                    self._watch.wait()
-                elif cause == "resize" or self._have_all_blocks():
-                    return seating
-            except KeyboardInterrupt:
-                return None
+            if action.name != "go_on" or seating is None:
+                if not told:
+                    told = True
+                    able = 0 if seating is None else len(seating.workers)
+                    self._tell("waiting", able=able, ranks=len(before.workers))
+                self._watch.wait()
+            elif cause == "resize" or self._have_all_blocks():
+                return seating
 
     def _have_all_blocks(self) -> bool:
         """Put back blocks that were lost; False if more workers leave meanwhile."""
@@ -359,18 +488,22 @@ class _Run:
         self._failures += 1
         # Where nobody is left to say how far it came, look at where it began.
         steps = self._started_at if self._source is None else self._source.position.steps
-        if self._started:
+        if cause != "refused":  # each of those leaves one worker less to try
             self._failures_at = Counter({steps: self._failures_at[steps] + 1})
         return self._failures_at[steps]
 
     def _tell_of_losses(self, end: GangEnd) -> None:
         steps = max((outcome.steps for outcome in end.outcomes), default=0)
-        for address, rank in end.lost:
+        for loss in end.losses:
             self._tell(
-                f"worker-{end.cause}", address=address, rank=rank, step=steps, reason=end.reason
+                f"worker-{loss.cause}",
+                address=loss.address,
+                rank=loss.rank,
+                step=steps,
+                reason=loss.reason,
             )
         if end.cause == "broken":
-            errors = sorted({o.error for o in end.outcomes if o.error}) or [end.reason]
+            errors = [end.reason] if end.reason else sorted({o.error for o in end.outcomes})
             self._tell("gang-broken", step=steps, reason="; ".join(errors))
 
     def _find_seating(self) -> Seating | None:
@@ -396,18 +529,58 @@ class _Run:
         canary = details["canary"]
         self._started = True
         self._started_at = details["steps"]
+        self._bitwise = self._bitwise and details["bitwise"]
         self._heartbeats.note_start(self._ranks, time.monotonic())
-        if not self._generation:
-            self._canary = canary
+        self._canary = self._canary or canary
+        if not self._told_start:
+            self._told_start = True
             self._listener.on_start()
             self._listener.on_event(Event(name="first-step", time_s=time_s))
-            return
-        self._canary = self._canary or canary
+        self._drop_older_states()
         end = self._last_end
+        if end is None:
+            return
         self._tell(
-            "resized" if end is not None and end.cause == "resize" else "recovered",
-            lost=[address for address, _ in end.lost] if end is not None else [],
+            "resized" if end.cause == "resize" else "recovered",
+            lost=[loss.address for loss in end.losses],
             ranks=self._ranks,
             step=details["steps"],
-            seconds=0.0 if end is None else time.monotonic() - end.broken_at,
+            seconds=time.monotonic() - end.broken_at,
         )
+
+    def _drop_older_states(self) -> None:
+        """Keep one state that was left earlier, if it is of use when the whole gang is lost."""
+        left = useful_state(
+            self._states.values(), members=self._membership.engaged, saved=self._messages.saved[:2]
+        )
+        self._states = {} if left is None else {left.address: left}
+        if self._generation:
+            addresses = [a for a in self._membership.present if a not in self._states]
+            ask_workers(
+                self._client,
+                forget_older,
+                addresses,
+                self._run_id,
+                self._generation,
+                timeout_s=FORGET_S,
+            )
+
+
+def useful_state(
+    states: Iterable[StateSource], *, members: Collection[str], saved: tuple[int, int]
+) -> StateSource | None:
+    """Choose what is kept of earlier gangs' states once a gang is at work, whose own are newer.
+
+    It matters if all members die: the newest one outside of the gang, unless a checkpoint is newer.
+
+    Parameters
+    ----------
+    states : iterable of StateSource
+        That were left.
+    members : collection of str
+        Workers of the gang.
+    saved : tuple of int
+        Epoch and steps of the newest checkpoint.
+    """
+    outside = [s for s in states if s.address not in members and s.position > saved]
+    return max(outside, key=lambda source: source.position, default=None)

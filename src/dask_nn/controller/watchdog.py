@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distributed.core import Status
+
+from dask_nn.controller.heartbeats import Beat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,17 +18,22 @@ if TYPE_CHECKING:
     from distributed import Worker
 
     from dask_nn.collectives.base import Communicator
+    from dask_nn.controller.block_fetch import FetchWait
 
 __all__ = ["Watchdog"]
+
+logger = logging.getLogger("dask_nn")
 
 INTERVAL_S = 1.0
 # A rank that nobody waits for any more stops at a step boundary, or so much later anyway.
 ORPHAN_S = 5.0
 WANTED = frozenset({"executing", "long-running"})
+# A thread that takes this share of a processor computes; one that polls for something takes less.
+BUSY_SHARE = 0.05
 
 
 class Watchdog:
-    """A thread beside a rank.
+    """A thread beside a rank; the rank's thread is the one that makes it.
 
     Parameters
     ----------
@@ -37,8 +46,10 @@ class Watchdog:
     tell : callable
         Sends a message of a kind, with details, to the client.
     obey : callable
-        Given the order ``"leave"``, when nobody wants the rank any more or its worker is about to
-        close.
+        Given the order ``"leave"`` when the rank's worker is about to close, and ``"orphan"`` when
+        nobody wants the rank any more.
+    fetch : FetchWait
+        Whose blocks the rank waits for.
     ends_at : float or None
         When the client is told that the job of this worker is about to end, by ``time.time()``.
     """
@@ -51,6 +62,7 @@ class Watchdog:
         *,
         tell: Callable[[str, dict[str, Any]], None],
         obey: Callable[[str], None],
+        fetch: FetchWait,
         ends_at: float | None = None,
     ) -> None:
         self._worker = worker
@@ -58,7 +70,14 @@ class Watchdog:
         self._comm = comm
         self._tell = tell
         self._obey = obey
+        self._fetch = fetch
         self._ends_at = ends_at
+        self._clock = _clock_of_this_thread()
+        self._beats = -1
+        self._processor_s = 0.0
+        self._looked = self._idle_since = self._unchecked_since = time.monotonic()
+        self._orphaned_at: float | None = None
+        self._leaving = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dask-nn-watchdog", daemon=True)
 
@@ -70,32 +89,64 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        beats, since = -1, time.monotonic()
-        orphaned_at: float | None = None
-        leaving = False
-        while not self._ended.wait(INTERVAL_S):
-            now = time.monotonic()
-            if self._comm.beats != beats:
-                beats, since = self._comm.beats, now
-            status = self._worker.status
-            if status in {Status.closing_gracefully, Status.closing} and not leaving:
-                leaving = True
-                self._obey("leave")
-                self._tell("leaving", {"address": self._worker.address})
-            if status is Status.closed:
-                self._comm.abort()
+        while True:
+            try:
+                self._tell("beat", asdict(self._look_at_rank(time.monotonic())))
+                self._look_at_worker(time.monotonic())
+            except Exception:  # without its watchman the rank would be given up
+                logger.exception("the watchman of a rank stumbled")
+            if self._worker.status is Status.closed or self._ended.wait(INTERVAL_S):
                 return
-            if orphaned_at is None and not self._is_wanted():
-                orphaned_at = now
-                self._obey("leave")
-            if orphaned_at is not None and now - orphaned_at > ORPHAN_S:
-                self._comm.abort()
-            if self._ends_at is not None and time.time() >= self._ends_at:
-                self._ends_at = None
-                self._tell("walltime", {})
-            self._tell("beat", {"stuck_s": now - since, "started": beats > 0})
+
+    def _look_at_rank(self, now: float) -> Beat:
+        comm = self._comm
+        beats, waiting_since = comm.beats, comm.waiting_since
+        processor_s = self._used_processor_s()
+        if processor_s - self._processor_s > BUSY_SHARE * (now - self._looked):
+            self._idle_since = now
+        if beats != self._beats:
+            self._idle_since = self._unchecked_since = now
+        self._beats, self._processor_s, self._looked = beats, processor_s, now
+        holders, holders_since = self._fetch.under_way
+        return Beat(
+            idle_s=now - self._idle_since,
+            unchecked_s=now - self._unchecked_since,
+            waiting_s=0.0 if waiting_since is None else now - waiting_since,
+            holders=tuple(sorted(holders)),
+            holders_s=now - holders_since if holders else 0.0,
+        )
+
+    def _look_at_worker(self, now: float) -> None:
+        status = self._worker.status
+        if status in {Status.closing_gracefully, Status.closing} and not self._leaving:
+            self._leaving = True
+            self._obey("leave")
+            self._tell("leaving", {"address": self._worker.address})
+        if status is Status.closed:
+            self._comm.abort()
+            return
+        if self._orphaned_at is None and not self._is_wanted():
+            self._orphaned_at = now
+            self._obey("orphan")
+        if self._orphaned_at is not None and now - self._orphaned_at > ORPHAN_S:
+            self._comm.abort()
+        if self._ends_at is not None and time.time() >= self._ends_at:
+            self._ends_at = None
+            self._tell("walltime", {})
 
     def _is_wanted(self) -> bool:
         """Tell whether the scheduler still wants this task: its client lives and waits for it."""
         task = self._worker.state.tasks.get(self._key)
         return task is not None and task.state in WANTED
+
+    def _used_processor_s(self) -> float:
+        try:
+            return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+        except OSError:
+            return self._processor_s
+
+
+def _clock_of_this_thread() -> int | None:
+    """Give the clock of the processor time of the calling thread, where the system has one."""
+    find = getattr(time, "pthread_getcpuclockid", None)
+    return None if find is None else int(find(threading.get_ident()))

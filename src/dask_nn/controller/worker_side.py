@@ -10,7 +10,7 @@ import platform
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from distributed.utils import sync
 
 from dask_nn import faults
 from dask_nn.controller import keeping
-from dask_nn.controller.block_fetch import make_reader, room_bytes, used_bytes
+from dask_nn.controller.block_fetch import FetchWait, make_reader, room_bytes, used_bytes
 from dask_nn.controller.mail import WorkerMailbox, open_post_office
 from dask_nn.controller.meeting import WorkerRendezvous, open_meeting_point
 from dask_nn.controller.placement import WorkerFacts
@@ -30,6 +30,8 @@ from dask_nn.controller.watchdog import Watchdog
 from dask_nn.errors import Aborted
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.collectives.base import Communicator
     from dask_nn.config import Settings
@@ -41,7 +43,15 @@ if TYPE_CHECKING:
     from dask_nn.training.snapshot import Keepsake, Snapshot
     from dask_nn.training.spec import TrainingSpec
 
-__all__ = ["RankPayload", "Seat", "describe", "forget_run", "run_rank"]
+__all__ = [
+    "RankPayload",
+    "Seat",
+    "describe",
+    "forget_older",
+    "forget_run",
+    "forget_runs_but",
+    "run_rank",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +180,16 @@ def forget_run(run_id: str) -> None:
     remove_abandoned(run_id)
 
 
+def forget_older(run_id: str, generation: int, dask_worker: Worker) -> None:
+    """Drop what ranks of earlier gangs of a run left on a worker."""
+    keeping.forget_older(dask_worker.address, run_id, generation)
+
+
+def forget_runs_but(runs: Collection[str], dask_worker: Worker) -> None:
+    """Drop what ranks left on a worker whose runs are not among these."""
+    keeping.forget_all_but(dask_worker.address, runs)
+
+
 def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     """Run one rank as a Dask task.
 
@@ -189,10 +209,9 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     ------
     RuntimeError
         If the task landed on another worker than the seat names.
+    Aborted
+        If this very rank runs here already.
     """
-    # torch is needed only now: a worker that runs no rank may lack it.
-    from dask_nn.training.rank_main import RankEnvironment, rank_main
-
     worker = get_worker()
     if worker.address != seat.address:
         message = f"rank {seat.rank} belongs on {seat.address}, but was started on {worker.address}"
@@ -200,11 +219,24 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     key = str(worker.get_current_task())
     # Fetching and preprocessing tasks go on on this worker, and adaptive scaling leaves it alone.
     secede()
-    content: RankPayload = pickle.loads(payload)  # noqa: S301  (made by this run's own client)
     handle = RankHandle(seat.rank, threading.Event(), threading.Event(), address=seat.address)
     place = (seat.run_id, seat.generation)
     register(place, handle)
+    try:
+        # Made by this run's own client.
+        return _run_rank(worker, key, pickle.loads(payload), seat, handle)  # noqa: S301
+    finally:
+        unregister(place, handle)
+
+
+def _run_rank(
+    worker: Worker, key: str, content: RankPayload, seat: Seat, handle: RankHandle
+) -> RankOutcome:
+    # torch is needed only now: a worker that runs no rank may lack it.
+    from dask_nn.training.rank_main import RankEnvironment, rank_main
+
     topic = f"dask-nn-{seat.run_id}"
+    fetch = FetchWait()
 
     def tell(kind: str, details: dict[str, Any]) -> None:
         # The scheduler's answer is not waited for; without a scheduler nobody listens anyway.
@@ -230,20 +262,25 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
         tell("progress", asdict(progress))
 
     def keep(keepsake: Keepsake) -> None:
-        keeping.keep(worker.address, seat.run_id, seat.generation, keepsake)
+        if not handle.unwanted.is_set():
+            keeping.keep(worker.address, seat.run_id, seat.generation, keepsake)
 
     def read(data: BlockSource, size_bytes: int, uses: float) -> BlockReader:
-        return make_reader(worker, data, size_bytes=size_bytes, uses=uses, abort=handle.abort)
+        return make_reader(
+            worker, data, size_bytes=size_bytes, uses=uses, abort=handle.abort, wait=fetch
+        )
 
     comm = _communicator(worker, seat, content.settings, handle.abort)
     sync(worker.loop, say_farewell, worker)
     checkpoint = content.checkpoint
     ends_at = checkpoint.save_at() if checkpoint is not None else None
-    watchdog = Watchdog(worker, key, comm, tell=tell, obey=handle.obey, ends_at=ends_at)
+    watchdog = Watchdog(
+        worker, key, comm, tell=tell, obey=handle.obey, fetch=fetch, ends_at=ends_at
+    )
     spec = content.spec
-    try:
-        with quiet_worker(worker), watchdog:
-            return rank_main(
+    with quiet_worker(worker), watchdog:
+        return _without_state(
+            rank_main(
                 spec,
                 RankEnvironment(
                     comm=comm,
@@ -261,7 +298,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                     wait_event=handle.wait,
                     waiting=tell_of_saving,
                     last_save=content.last_save,
-                    start=lambda: _start(worker, seat, content, handle.abort),
+                    start=lambda: _start(worker, seat, content, comm),
                     carried=keeping.kept(worker.address, seat.run_id),
                     canary=seat.canary,
                     keep=keep,
@@ -274,8 +311,16 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
                     on_event=lambda name, details: tell("event", {"name": name, **details}),
                 ),
             )
-    finally:
-        unregister(place, handle)
+        )
+
+
+def _without_state(outcome: RankOutcome) -> RankOutcome:
+    """Leave out the weights where the client can fetch them from any rank, if it wants them."""
+    weights = [value for value in outcome.state.values() if value.is_floating_point()]
+    finite = all(bool(value.isfinite().all()) for value in weights)
+    if outcome.status == "non_finite" or not finite:
+        return outcome  # the last good state, which this rank alone gives
+    return replace(outcome, state={}, optimizer_state={})
 
 
 def _uses(spec: TrainingSpec, seat: Seat) -> float:
@@ -283,9 +328,7 @@ def _uses(spec: TrainingSpec, seat: Seat) -> float:
     return spec.epochs / seat.world_size if spec.shuffle == "blocks" else 0
 
 
-def _start(
-    worker: Worker, seat: Seat, content: RankPayload, abort: threading.Event
-) -> Snapshot | None:
+def _start(worker: Worker, seat: Seat, content: RankPayload, comm: Communicator) -> Snapshot | None:
     """Give the state from which this rank starts: its own, a peer's, a checkpoint's, or none."""
     if seat.source is None:
         return content.start
@@ -294,7 +337,7 @@ def _start(
         return own.snapshot
     if faults.hook is not None:
         faults.hook("copying state", {"rank": seat.rank, "generation": seat.generation})
-    return keeping.fetch_state(worker, seat.source, seat.run_id, abort)
+    return keeping.fetch_state(worker, seat.source, seat.run_id, comm.check_abort)
 
 
 def _communicator(

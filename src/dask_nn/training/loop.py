@@ -143,7 +143,7 @@ class TrainingLoop:
             reader=reader,
             fields=spec.fields,
             dtypes=dtypes,
-            check=comm.check_abort,
+            check=comm.at_work,
             windows=self._windows_at_a_time(layout.floating, room_bytes, reader.loaders),
         )
         self._metrics = {
@@ -337,7 +337,7 @@ class TrainingLoop:
         """Write the leaf of one of this rank's shards for the step at hand."""
         state = self._state
         # A peer that is never late leaves no wait that would notice.
-        self._comm.check_abort()
+        self._comm.at_work()
         if faults.hook is not None:
             faults.hook("reading", self._place() | {"shard": shard})
         count = self._count(state.step, shard)

@@ -262,7 +262,14 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     )
     standing.loop = loop
     if first and env.on_start is not None:
-        env.on_start({"canary": expected or digest, "steps": state.steps, "epoch": state.epoch})
+        env.on_start(
+            {
+                "canary": expected or digest,
+                "steps": state.steps,
+                "epoch": state.epoch,
+                "bitwise": state.bitwise,
+            }
+        )
     try:
         status: Status = "finished" if loop.run() else "stopped"
     except NonFiniteLoss:

@@ -70,7 +70,7 @@ class Validation:
         )
         parts = []
         for block in range(lo, hi):
-            self._comm.check_abort()
+            self._comm.at_work()
             arrays = self._reader.read(block)
             parts.append(
                 evaluate_block(
