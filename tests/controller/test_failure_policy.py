@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dask_nn.controller.failure_policy import Recovery, Situation, decide
+from dask_nn.controller.failure_policy import FailureCount, Recovery, Situation, decide
 from dask_nn.errors import ConfigurationError
 
 CAUSES = ("lost", "hung", "broken", "refused", "resize")
@@ -53,6 +53,27 @@ def test_nothing_waits_for_ever(cause, able, min_workers):
     recovery = Recovery(min_workers=min_workers, replacement_timeout_s=7, workers_timeout_s=30)
     late = decide(situation(cause=cause, able=able, waited_s=31.0), recovery)
     assert late.name == ("go_on" if able >= min_workers else "give_up")
+
+
+def test_failures_in_a_row_at_one_step():
+    """Also those of gangs that never come to a step, such as hosts that cannot connect."""
+    count = FailureCount()
+    for _ in range(3):
+        count.note("broken", 40)
+    assert (count.failures, count.same_step) == (3, 3)
+    count.note("lost", 41)
+    assert (count.failures, count.same_step) == (4, 1)
+    count.note("lost", 40)
+    assert (count.failures, count.same_step) == (5, 1)
+
+
+def test_a_resize_is_no_failure_and_a_refusal_none_of_the_step():
+    count = FailureCount()
+    count.note("lost", 40)
+    count.note("refused", 40)
+    assert (count.failures, count.same_step) == (2, 1)
+    count.note("resize", 40)
+    assert (count.failures, count.same_step) == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dask_nn.errors import ConfigurationError
 
-__all__ = ["Action", "Recovery", "Situation", "decide"]
+__all__ = ["Action", "FailureCount", "Recovery", "Situation", "decide"]
 
 Cause = Literal["lost", "hung", "broken", "refused", "resize"]
 # A step that ends so many gangs in a row would end the next one too.
@@ -96,6 +97,42 @@ class Situation:
     ranks: int
     able: int
     waited_s: float
+
+
+@dataclass
+class FailureCount:
+    """The failures of a run so far.
+
+    Attributes
+    ----------
+    failures : int
+        All of them.
+    same_step : int
+        How many of them, in a row, left the run at the step where it is now.
+    """
+
+    failures: int = 0
+    same_step: int = 0
+    _at: Counter[int] = field(default_factory=Counter)
+
+    def note(self, cause: Cause, steps: int) -> None:
+        """Count how a gang ended, whether it came to its first step or not.
+
+        Parameters
+        ----------
+        cause : str
+            See :class:`Situation`. A resize is no failure; where a worker was refused, there is one
+            less to try the step again with.
+        steps : int
+            Where that left the run.
+        """
+        if cause == "resize":
+            self.same_step = 0
+            return
+        self.failures += 1
+        if cause != "refused":
+            self._at = Counter({steps: self._at[steps] + 1})
+        self.same_step = self._at[steps]
 
 
 @dataclass(frozen=True, kw_only=True)

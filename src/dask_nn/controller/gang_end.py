@@ -114,4 +114,5 @@ class GangEnd:
             self.cause = None if done == {"finished"} else "resize"
         elif self.cause is None and done != {"finished"}:
             # Nobody here asked them to stop: a worker of theirs is about to close.
-            self.cause = "resize" if done <= {"finished", "stopped"} else "broken"
+            stopped = bool(done) and done <= {"finished", "stopped"}
+            self.cause = "resize" if stopped else "broken"

@@ -6,13 +6,12 @@ import contextlib
 import threading
 import time
 import uuid
-from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers, scheduler_lost
-from dask_nn.controller.failure_policy import Recovery, Situation, decide
+from dask_nn.controller.failure_policy import FailureCount, Recovery, Situation, decide
 from dask_nn.controller.gang_end import GangEnd, Loss
 from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.heartbeats import Heartbeats
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-    from dask_nn.controller.failure_policy import Cause
     from dask_nn.controller.placement import Seating, WorkerFacts
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.training.outcome import RankOutcome
@@ -191,8 +189,7 @@ class _Run:
         self._bitwise = True
         self._source: StateSource | None = None
         self._generation = 0
-        self._failures = 0
-        self._failures_at: Counter[int] = Counter()
+        self._failures = FailureCount()
         self._states: dict[str, StateSource] = {}
         self._last_end: GangEnd | None = None
         self._ranks = 0
@@ -440,7 +437,9 @@ class _Run:
             If the run shall not go on.
         """
         cause = end.cause or "broken"
-        same_step = self._count_failure(cause)
+        # Where nobody is left to say how far it came, look at where it began.
+        steps = self._started_at if self._source is None else self._source.position.steps
+        self._failures.note(cause, steps)
         self._tell_of_losses(end)
         told = False
         while True:
@@ -448,8 +447,8 @@ class _Run:
             action = decide(
                 Situation(
                     cause=cause,
-                    failures=self._failures,
-                    same_step=same_step,
+                    failures=self._failures.failures,
+                    same_step=self._failures.same_step,
                     ranks=len(before.workers),
                     able=0 if seating is None else len(seating.workers),
                     waited_s=time.monotonic() - end.broken_at,
@@ -480,17 +479,6 @@ class _Run:
                 raise
             return False
         return True
-
-    def _count_failure(self, cause: Cause) -> int:
-        """Give how many gangs in a row have now ended at the same step."""
-        if cause == "resize":
-            return 0
-        self._failures += 1
-        # Where nobody is left to say how far it came, look at where it began.
-        steps = self._started_at if self._source is None else self._source.position.steps
-        if cause != "refused":  # each of those leaves one worker less to try
-            self._failures_at = Counter({steps: self._failures_at[steps] + 1})
-        return self._failures_at[steps]
 
     def _tell_of_losses(self, end: GangEnd) -> None:
         steps = max((outcome.steps for outcome in end.outcomes), default=0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distributed.core import Status
 
 from dask_nn.controller.heartbeats import Beat
+from dask_nn.controller.processor_time import ProcessorTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,8 @@ INTERVAL_S = 1.0
 # A rank that nobody waits for any more stops at a step boundary, or so much later anyway.
 ORPHAN_S = 5.0
 WANTED = frozenset({"executing", "long-running"})
-# A thread that takes this share of a processor computes; one that polls for something takes less.
+# A thread that takes, or is queued for, this share of a processor computes; one that polls for
+# something takes less.
 BUSY_SHARE = 0.05
 
 
@@ -72,7 +74,7 @@ class Watchdog:
         self._obey = obey
         self._fetch = fetch
         self._ends_at = ends_at
-        self._clock = _clock_of_this_thread()
+        self._processor = ProcessorTime()
         self._beats = -1
         self._processor_s = 0.0
         self._looked = self._idle_since = self._unchecked_since = time.monotonic()
@@ -101,7 +103,7 @@ class Watchdog:
     def _look_at_rank(self, now: float) -> Beat:
         comm = self._comm
         beats, waiting_since = comm.beats, comm.waiting_since
-        processor_s = self._used_processor_s()
+        processor_s = self._processor.seconds()
         if processor_s - self._processor_s > BUSY_SHARE * (now - self._looked):
             self._idle_since = now
         if beats != self._beats:
@@ -138,15 +140,3 @@ class Watchdog:
         """Tell whether the scheduler still wants this task: its client lives and waits for it."""
         task = self._worker.state.tasks.get(self._key)
         return task is not None and task.state in WANTED
-
-    def _used_processor_s(self) -> float:
-        try:
-            return 0.0 if self._clock is None else time.clock_gettime(self._clock)
-        except OSError:
-            return self._processor_s
-
-
-def _clock_of_this_thread() -> int | None:
-    """Give the clock of the processor time of the calling thread, where the system has one."""
-    find = getattr(time, "pthread_getcpuclockid", None)
-    return None if find is None else int(find(threading.get_ident()))

@@ -34,7 +34,7 @@ __all__ = [
     "record_steps",
 ]
 
-ACTIONS = ("kill", "stop", "sleep", "raise", "memory", "ENOSPC", "EIO")
+ACTIONS = ("kill", "stop", "sleep", "compute", "raise", "memory", "ENOSPC", "EIO")
 MEMORY_STEP_BYTES = 256 << 20
 
 
@@ -52,11 +52,12 @@ class Fault:
         The step of the run (from 0), or the first one after it at which the point is passed; any
         if None.
     action : str
-        ``"kill"`` (SIGKILL), ``"stop"`` (SIGSTOP), ``"sleep"``, ``"raise"`` (a RuntimeError),
+        ``"kill"`` (SIGKILL), ``"stop"`` (SIGSTOP), ``"sleep"``, ``"compute"`` (looks at nothing
+        meanwhile), ``"raise"`` (a RuntimeError),
         ``"memory"`` (takes more and more, until somebody ends the process), ``"ENOSPC"`` or
         ``"EIO"`` (an OSError of that kind).
     seconds : float
-        How long ``"sleep"`` sleeps.
+        How long ``"sleep"`` and ``"compute"`` take.
     every_time : bool
         Whether it goes wrong every time and everywhere the point is passed, not once.
     """
@@ -200,6 +201,10 @@ def _break(fault: Fault) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "sleep":
             time.sleep(fault.seconds)
+        case "compute":
+            deadline = time.monotonic() + fault.seconds
+            while time.monotonic() < deadline:
+                pass
         case "memory":
             taken = []
             while True:
