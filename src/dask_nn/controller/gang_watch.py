@@ -90,12 +90,13 @@ class GangWatch:
         self._inquire_at = 0.0
         self._restored: set[str] = set()
         self._impatient_at: float | None = None
+        self._told_of_stopping = False
         self._looked = self._caught_up = time.monotonic()
 
     def follow(self, group: RankGroup) -> GangEnd:
         """Watch a gang until all its ranks have ended, or those that did not are given up."""
         end = GangEnd()
-        self._inquiry, self._impatient_at = None, None
+        self._inquiry, self._impatient_at, self._told_of_stopping = None, None, False
         self._restored = set(self._membership.removed)
         while True:
             try:
@@ -106,20 +107,19 @@ class GangWatch:
             except KeyboardInterrupt:
                 if self._impatient_at is not None:
                     raise
-                self._stop(group, end)
+                if end.interrupted:
+                    self._impatient_at = time.monotonic()
+                end.interrupted = True
 
-    def _stop(self, group: RankGroup, end: GangEnd) -> None:
+    def _stop(self, group: RankGroup) -> None:
         """Do as Ctrl-C wants: stop at a step boundary; at the second time, at once."""
         removed = self._membership.removed
-        if end.interrupted:
-            self._impatient_at = time.monotonic()
-            group.signal("abort", removed)
-            return
-        end.interrupted = True
-        group.signal("finish", removed)
         seats = group.running(removed)
-        if seats:
+        if seats and not self._told_of_stopping:
+            self._told_of_stopping = True
             self._tell("stopping", ranks=len(seats))
+        order = "finish" if self._impatient_at is None else "abort"
+        group.signal(order, removed)  # again and again: one may just be starting
 
     def wait(self) -> None:
         """Wait until something happens, or a moment."""
@@ -173,7 +173,9 @@ class GangWatch:
             return True
         if end.is_broken:
             group.signal("abort", removed)  # again and again: one may just be starting
-        elif end.cause is None and not end.interrupted and self._wants_resize(group):
+        elif end.interrupted:
+            self._stop(group)
+        elif end.cause is None and self._wants_resize(group):
             # It goes on until it comes to a step boundary, however long that takes.
             end.break_off("resize")
             group.signal("stop", removed)

@@ -1,0 +1,339 @@
+"""Who lives and computes keeps its state; who hangs is given up, whatever its part in the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import pytest
+from distributed import Client, WorkerPlugin
+
+import dask_nn
+from dask_nn.controller.leases import Leases
+from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
+from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores
+
+if TYPE_CHECKING:
+    import torch
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PATIENCE_S = 60.0
+
+
+def pids(client: Any) -> dict[str, int]:
+    return dict(client.run(os.getpid))
+
+
+def test_a_survivor_that_computes_for_long_keeps_its_state(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+):
+    """Its shard takes four times the hang timeout, and looks at nothing meanwhile."""
+    client = make_cluster(2)
+    written = ledger(client)
+    busy = Fault(point="forward", rank=0, step=30, action="compute", seconds=8.0)
+    install(client, [busy, Fault(point="backward", rank=1, step=30)], tmp_path)
+    recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    result = job.train(client, callbacks=[heard], recovery=recovery)
+    same_bits(result, undisturbed)
+    written.check(job.order())
+    assert [event.details["rank"] for event in heard.named("worker-lost")] == [1]
+    assert not heard.named("worker-hung")
+    assert heard.named("recovered")[0].details["step"] >= 30
+
+
+def test_a_resize_waits_for_the_step_under_way(job, make_scalable, same_bits, heard_with, tmp_path):
+    """A step of 16 s, and a worker that joins in the middle of it: nobody is given up."""
+    client = make_scalable(1)
+    strategy = dask_nn.Synchronous(shards=8, threads_per_rank=1)
+    slow = Fault(point="forward", action="sleep", seconds=2.0, every_time=True)
+    install(client, [slow], tmp_path)
+    heard = heard_with(
+        first_step=lambda: client.cluster.scale(2), resized=lambda: clear_faults(client)
+    )
+    result = job.train(
+        client,
+        callbacks=[heard],
+        strategy=strategy,
+        epochs=1,
+        recovery=dask_nn.Recovery(hang_timeout_s=2.5),
+    )
+    same_bits(result, job.train(None, strategy=strategy, epochs=1))
+    (resized,) = heard.named("resized")
+    assert resized.details["ranks"] == 2
+    assert resized.details["step"] > 0
+    assert not heard.named("worker-hung")
+
+
+def test_a_stopped_worker_that_only_holds_blocks_is_given_up(
+    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+):
+    client = make_cluster(3)
+    pretend_cores(client, 2)
+    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    install(client, [pause], tmp_path)
+    processes = pids(client)
+
+    def stop_the_third() -> None:
+        busy = client.run(has_a_rank)
+        (idle,) = [address for address in busy if not busy[address]]
+        os.kill(processes[idle], signal.SIGSTOP)
+
+    heard = heard_with(first_step=stop_the_third)
+    recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    try:
+        result = job.train(client, callbacks=[heard], recovery=recovery)
+    finally:
+        for pid in processes.values():
+            os.kill(pid, signal.SIGCONT)
+    same_bits(result, undisturbed)
+    (hung,) = heard.named("worker-hung")
+    assert hung.details["rank"] == -1
+    assert not heard.named("recovered"), "its ranks only waited"
+
+
+def has_a_rank() -> bool:
+    from dask_nn.controller.rank_handles import _handles
+
+    return bool(_handles)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_worker_that_dies_when_its_rank_has_ended(job, make_cluster, same_bits, heard, both):
+    """Its outcome cannot be fetched any more; another rank has the same state, or nobody has."""
+    client = make_cluster(2)
+    first = sorted(pids(client))
+
+    class Die(WorkerPlugin):
+        name = "die-at-the-end"
+
+        def setup(self, worker: Any) -> None:
+            self.worker = worker
+
+        def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+            victims = first if both else first[:1]
+            if self.worker.address in victims and "dask-nn-rank" in str(key) and finish == "memory":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    client.register_plugin(Die())
+    result = job.train(client, epochs=1, callbacks=[heard])
+    same_bits(result, job.train(None, epochs=1))
+    assert result.steps == 30
+
+
+def test_a_replacement_at_the_same_address_is_another_worker(
+    job, undisturbed, tmp_path, same_bits, heard
+):
+    """With fixed ports, as behind firewalls and in containers."""
+    file = tmp_path / "scheduler.json"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def launch(*command: str) -> None:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    port = str(20_000 + os.getpid() % 10_000)
+    try:
+        launch(
+            "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+            "--no-dashboard", "--scheduler-file", str(file),
+        )  # fmt: skip
+        launch(
+            "distributed.cli.dask_worker", "--scheduler-file", str(file), "--host", "127.0.0.1",
+            "--worker-port", port, "--nthreads", "1", "--no-dashboard",
+            "--local-directory", str(tmp_path),
+        )  # fmt: skip
+        with Client(scheduler_file=str(file), set_as_default=False, timeout=60) as client:
+            client.wait_for_workers(1, timeout=60)
+            pretend_cores(client, 8)
+            before = pids(client)
+            fail_at(client, 0, 10, "forward", folder=tmp_path)
+            result = job.train(client, callbacks=[heard])
+            assert pids(client).keys() == before.keys()
+            assert pids(client) != before
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(30)
+    same_bits(result, undisturbed)
+    assert len(heard.named("worker-lost")) == 1
+    assert heard.named("waiting")
+
+
+def test_ctrl_c_waits_for_a_long_step(job, make_cluster, heard, tmp_path):
+    client = make_cluster(2)
+    slow = Fault(point="forward", action="sleep", seconds=1.2, every_time=True)
+    install(client, [slow], tmp_path)
+
+    class Stop(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        job.train(client, callbacks=[heard, Stop()])
+    assert caught.value.result.steps >= 1
+    assert heard.named("stopping")
+
+
+def test_a_second_ctrl_c_does_not_wait(job, make_cluster, same_bits, heard_with, tmp_path):
+    """What the ranks had before the step under way is the result, and is saved."""
+    client = make_cluster(2)
+    install(client, [Fault(point="forward", step=20, action="sleep", seconds=20.0)], tmp_path)
+
+    class Twice(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "stopping":
+                raise KeyboardInterrupt
+
+        def on_progress(self, progress: Any) -> None:
+            if progress.step >= 3:
+                raise KeyboardInterrupt
+
+    pause = Fault(point="applied", action="sleep", seconds=0.1, every_time=True)
+    install(client, [pause], tmp_path)
+    folder = tmp_path / "run"
+    saved = dask_nn.Checkpoint(folder, every=1000)
+    with pytest.raises(TrainingInterrupted) as caught:
+        job.train(client, checkpoint=saved, callbacks=[Twice()])
+    steps = caught.value.result.steps
+    assert 3 <= steps < 90
+    same_bits(job.train(None, checkpoint=saved, resume=True), job.train(None))
+
+
+def test_what_is_reached_is_saved_when_a_run_is_given_up(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    fail_at(client, 1, 40, "forward", folder=tmp_path)
+    saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
+    with pytest.raises(WorkerLost, match="max_failures=0") as caught:
+        job.train(
+            client,
+            checkpoint=saved,
+            callbacks=[heard],
+            recovery=dask_nn.Recovery(max_failures=0),
+        )
+    assert caught.value.result.steps == 40
+    assert [event.name for event in caught.value.events][-2:] == ["gave-up", "checkpoint"]
+    same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
+MARK = "deadly"
+
+
+def deadly_once(folder: str) -> Any:
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            try:
+                os.close(os.open(f"{folder}/{MARK}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    return transform
+
+
+def test_the_start_is_told_once_although_the_first_gang_dies_while_it_forms(
+    job, make_cluster, heard, tmp_path
+):
+    client = make_cluster(2)
+    told: list[str] = []
+
+    class Told(dask_nn.Callback):
+        def on_train_start(self, run: Any) -> None:
+            told.append("start")
+
+    result = job.train(
+        client,
+        epochs=1,
+        transform=deadly_once(str(tmp_path)),
+        callbacks=[heard, Told()],
+        recovery=dask_nn.Recovery(elastic=False),
+    )
+    assert (tmp_path / MARK).exists()
+    assert told == ["start"]
+    assert len(heard.named("first-step")) == 1
+    assert result.start_s > 0
+
+
+def test_a_rank_that_falls_silent_while_it_copies_the_state(
+    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+):
+    """It need not be given the two minutes that a gang has to form."""
+    client = make_cluster(3)
+    pretend_cores(client, 2)
+    kill = Fault(point="forward", rank=1, step=20)
+    stop = Fault(point="copying state", action="stop")
+    install(client, [kill, stop], tmp_path)
+    processes = pids(client)
+
+    def wake_up() -> None:
+        for pid in processes.values():
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                continue
+
+    heard = heard_with(recovered=wake_up)
+    began = time.monotonic()
+    result = job.train(
+        client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    )
+    assert time.monotonic() - began < PATIENCE_S
+    same_bits(result, undisturbed)
+    assert len(heard.named("worker-lost") + heard.named("worker-hung")) >= 2
+
+
+def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path):
+    """It holds its connections, and answers nothing."""
+    scheduler, _, address = dask_processes(2)
+
+    class Stop(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "first-step":
+                scheduler.send_signal(signal.SIGSTOP)
+
+    client = Client(address, set_as_default=False)
+    try:
+        pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+        install(client, [pause], tmp_path)
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match="did not answer within"):
+            job.train(
+                client,
+                epochs=10_000,
+                callbacks=[Stop()],
+                recovery=dask_nn.Recovery(hang_timeout_s=2),
+            )
+        assert time.monotonic() - began < PATIENCE_S
+    finally:
+        scheduler.send_signal(signal.SIGCONT)
+        client.close()
+
+
+def test_a_scheduler_that_dies_while_a_run_waits_for_another(job, dask_processes):
+    scheduler, _, address = dask_processes(1)
+
+    class Kill(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "queued":
+                scheduler.kill()
+
+    with Client(address, set_as_default=False) as client:
+        Leases(client, "another run").claim(client.scheduler_info(n_workers=-1)["workers"])
+        with pytest.raises(ClusterError, match="scheduler"):
+            job.train(client, callbacks=[Kill()])
