@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -166,6 +167,26 @@ def test_nothing_stays_after_failure(client, clean, name, engine):
         pass
     else:
         pytest.fail(f"{error.__name__} was not raised")
+    clean()
+
+
+def test_a_rank_that_cannot_even_begin_leaves_nothing(client, clean):
+    """Its payload cannot be read."""
+    (address, *_) = client.scheduler_info(n_workers=-1)["workers"]
+    seat = worker_side.Seat(
+        run_id="run",
+        generation=0,
+        rank=0,
+        world_size=1,
+        address=address,
+        leader=address,
+        collective="serial",
+        shared_process=False,
+    )
+    future = client.submit(worker_side.run_rank, b"no pickle", seat, workers=[address], pure=False)
+    with pytest.raises(pickle.UnpicklingError):
+        future.result(timeout=30)
+    future.release()
     clean()
 
 

@@ -35,6 +35,12 @@ def slow_down(client: Any, folder: Path, seconds: float) -> None:
     )
 
 
+def states_kept() -> list[Any]:
+    from dask_nn.controller import keeping
+
+    return list(keeping._kept)
+
+
 def ranks_at_work() -> int:
     from dask_nn.controller.rank_handles import _handles
 
@@ -133,6 +139,34 @@ def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, sa
     same_bits(job.train(client), undisturbed)
 
 
+def test_adaptive_scaling_in_both_directions(
+    job, make_scalable, ledger, same_bits, heard, tmp_path
+):
+    """It grows for other work and the run takes part of that; it shrinks, and takes a rank away."""
+    client = make_scalable(1)
+    written = ledger(client)
+    slow_down(client, tmp_path, 0.1)
+    client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
+    others: list[Any] = []
+
+    class Adapt(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "first-step":
+                client.cluster.adapt(minimum=1, maximum=2, interval="200 ms", wait_count=1)
+                others.extend(client.map(time.sleep, [0.2] * 100, pure=False))
+            elif event.name == "resized" and event.details["ranks"] == 2:
+                client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
+
+    result = job.train(client, epochs=6, callbacks=[heard, Adapt()])
+    same_bits(result, job.train(None, epochs=6))
+    written.check(job.order(6))
+    sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
+    assert max(sizes) == 2
+    assert sizes[-1] == 1
+    for other in others:
+        other.cancel()
+
+
 CLIENT = """
 import sys
 sys.path.insert(0, sys.argv[3])
@@ -195,6 +229,7 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bi
     epochs = resumed_epochs(folder)
     resumed = job.train(None, epochs=epochs, checkpoint=folder, resume=True)
     same_bits(resumed, job.train(None, epochs=epochs))
+    assert not any(client.run(states_kept).values()), "a state that nobody will ask for"
     same_bits(job.train(client), undisturbed)
 
 

@@ -75,3 +75,39 @@ def test_a_host_that_is_cut_off(
     assert heard.named("recovered")
     # What was given up closes, or has no rank any more.
     workers[1].wait(timeout=30)
+
+
+def test_two_hosts_that_only_the_scheduler_reaches(
+    job, undisturbed, network, spread_cluster, ledger, same_bits, heard, tmp_path
+):
+    """Both live and say so; what they send each other does not arrive."""
+    client, _ = spread_cluster
+    written = ledger(client)
+    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    install(client, [pause], tmp_path)
+    first, second = network.hosts
+
+    class Cut(dask_nn.Callback):
+        cut = False
+
+        def on_progress(self, progress: Any) -> None:
+            if not self.cut and progress.step > 10:
+                self.cut = True
+                for host, other in ((first, second), (second, first)):
+                    ip("-n", host.name, "neighbour", "replace", other.address, "lladdr", NOBODY,
+                       "dev", "eth0", "nud", "permanent")  # fmt: skip
+
+    began = time.monotonic()
+    recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    try:
+        result = job.train(client, callbacks=[heard, Cut()], recovery=recovery)
+    finally:
+        for host, other in ((first, second), (second, first)):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("-n", host.name, "neighbour", "delete", other.address, "dev", "eth0")
+    assert time.monotonic() - began < 60
+    same_bits(result, undisturbed)
+    written.check(job.order())
+    (lost,) = heard.named("worker-lost")
+    assert "is cut off from" in lost.details["reason"]
+    assert heard.named("recovered")[0].details["step"] > 10
