@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 
 import dask_nn
 from dask_nn.testing.faults import Fault, install, pretend_cores
-from dask_nn.testing.network import SpreadCluster
+from dask_nn.testing.network import NOBODY, SpreadCluster, ip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
