@@ -82,10 +82,17 @@ def test_a_partition_of_delayed_is_named(call, client) -> None:
 
 
 @both
+@pytest.mark.usefixtures("_in_this_thread")
 def test_without_a_cluster_the_cause_is_kept(call) -> None:
     with pytest.raises(DataError, match=r"block 3 could not be computed: RuntimeError") as caught:
         call(blocks(failing))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.fixture
+def _in_this_thread():
+    with dask.config.set(scheduler="sync"):
+        yield
 
 
 def narrow(number: int) -> np.ndarray[Any, Any]:
@@ -104,6 +111,7 @@ def short(number: int) -> np.ndarray[Any, Any]:
 
 
 @both
+@pytest.mark.usefixtures("_in_this_thread")
 def test_a_block_of_fewer_rows_than_its_chunk_is_refused(call) -> None:
     text = r"block 4 could not be computed: X has shape \(5, 5\), expected \(10, 5\)"
     with pytest.raises(DataError, match=text):
@@ -111,6 +119,7 @@ def test_a_block_of_fewer_rows_than_its_chunk_is_refused(call) -> None:
 
 
 @both
+@pytest.mark.usefixtures("_in_this_thread")
 def test_a_file_that_has_grown_shorter_is_refused_by_block(call, tmp_path) -> None:
     np.save(tmp_path / "X.npy", X)
     lazy = dask_nn.open_data(f"npy:{tmp_path / 'X.npy'}", block_size_bytes=200)
@@ -196,6 +205,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         dask_nn.evaluate(network(), X, Y, loss=nn.CrossEntropyLoss(), sample_weight=weights)
 
 
+@pytest.mark.usefixtures("_in_this_thread")
 def test_missing_labels_of_a_table_name_the_block() -> None:
     import dask.dataframe as dd
 
