@@ -7,7 +7,9 @@ from pathlib import Path
 
 from distributed import Security
 
-__all__ = ["pem_texts", "security_of_files"]
+from dask_nn.errors import ConfigurationError
+
+__all__ = ["ROLES", "pem_texts", "security_of_files"]
 
 ROLES = ("client", "scheduler", "worker")
 
@@ -19,13 +21,19 @@ def pem_texts(security: Security) -> dict[str, str]:
     -------
     dict
         From ``"ca_file"``, ``"worker_cert"``, ``"worker_key"``, ... to PEM texts.
+
+    Raises
+    ------
+    ConfigurationError
+        If one is missing or cannot be read.
     """
-    texts = {"ca_file": _text(security.get_tls_config_for_role("client")["ca_file"])}
+    texts = {"ca_file": _text("tls_ca_file", security.get_tls_config_for_role("client")["ca_file"])}
     for role in ROLES:
         config = security.get_tls_config_for_role(role)
         # The key may be in the file of the certificate.
         texts |= {
-            f"{role}_{part}": _text(config[part] or config["cert"]) for part in ("cert", "key")
+            f"{role}_{part}": _text(f"tls_{role}_{part}", config[part] or config["cert"])
+            for part in ("cert", "key")
         }
     return texts
 
@@ -40,6 +48,17 @@ def security_of_files(folder: Path, texts: dict[str, str]) -> Security:
     return Security(require_encryption=True, **paths)
 
 
-def _text(text_or_path: str | None) -> str:
-    text = text_or_path or ""
-    return text if "\n" in text else Path(text).read_text(encoding="ascii")
+def _text(field: str, text_or_path: str | None) -> str:
+    if not text_or_path:
+        raise ConfigurationError(
+            f"security has no {field}; a cluster with TLS needs a certificate and a key for the "
+            "scheduler, the workers and the client: give them, or security=True for temporary ones"
+        )
+    if "\n" in text_or_path:
+        return text_or_path
+    try:
+        return Path(text_or_path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"security.{field} is {text_or_path!r}, expected a PEM file: {error}"
+        ) from error

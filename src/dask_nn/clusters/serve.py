@@ -155,7 +155,9 @@ async def _keep(cluster: Any, adapt: tuple[int, int] | None) -> None:
     if adapt is None:
         cluster.adapt(Adaptive=KeptWorkers)
     else:
-        cluster.adapt(minimum=adapt[0], maximum=adapt[1])
+        adapted = cluster.adapt(minimum=adapt[0], maximum=adapt[1])
+        if inspect.isawaitable(adapted):
+            await adapted
 
 
 def _wait(

@@ -1,0 +1,81 @@
+"""A cluster in Kubernetes, kept by the Dask operator."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from distributed import Security
+
+from dask_nn.clusters.kubernetes_resources import KubernetesOptions, cluster_resource
+from dask_nn.clusters.kubernetes_tls import tls_secret
+from dask_nn.clusters.optional import import_optional
+from dask_nn.clusters.serve import serve
+from dask_nn.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from distributed import Client
+
+    from dask_nn.clusters.request import ClusterRequest
+
+__all__ = ["check_request", "open_cluster"]
+
+EXTRA = "kubernetes"
+
+
+@contextmanager
+def open_cluster(request: ClusterRequest) -> Iterator[Client]:
+    """Run the Kubernetes cluster of a request, through the Dask operator.
+
+    The operator itself starts a worker again that ended, and deletes the cluster that nobody uses.
+
+    Raises
+    ------
+    ConfigurationError
+        If dask-kubernetes is not installed or an option cannot work.
+    ClusterError
+        If Kubernetes, the operator or the workers did not answer in time.
+    """
+    check_request(request)
+    options = KubernetesOptions.of(request.options).named(f"dask-nn-{secrets.token_hex(4)}")
+    from dask_nn.clusters.kubernetes_cluster import NNKubeCluster, delete_what_is_left, describe
+
+    resource = cluster_resource(request, options)
+    secret: dict[str, Any] | None = None
+    security = request.security if isinstance(request.security, Security) else None
+    if security is not None and options.tls_secret is None:
+        secret = tls_secret(f"{options.name}-tls", security)
+
+    def make() -> NNKubeCluster:
+        return NNKubeCluster(resource, secret, security, options)
+
+    with serve(
+        request,
+        make,
+        # The operator starts a pod again that ended.
+        keep=False,
+        explain=describe,
+        close=delete_what_is_left,
+    ) as client:
+        yield client
+
+
+def check_request(request: ClusterRequest) -> None:
+    """Check the options, without Kubernetes.
+
+    Raises
+    ------
+    ConfigurationError
+        If one cannot work, or dask-kubernetes is not installed.
+    """
+    KubernetesOptions.of(request.options)
+    if request.walltime:
+        raise ConfigurationError(
+            "walltime is a limit of batch systems; in Kubernetes set activeDeadlineSeconds in "
+            "worker_pod, or idle_timeout_s"
+        )
+    import_optional("dask_kubernetes.operator", EXTRA, request.kind)

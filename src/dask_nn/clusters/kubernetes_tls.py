@@ -1,0 +1,68 @@
+"""Certificates in Kubernetes: a secret, mounted where scheduler and workers look for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.clusters.certificates import ROLES, pem_texts
+
+if TYPE_CHECKING:
+    from distributed import Security
+
+__all__ = ["TLS_FOLDER", "tls_environment", "tls_secret", "tls_volume"]
+
+TLS_FOLDER = "/etc/dask-nn/tls"
+# Which keys a pod holds. A worker's tasks may open clients.
+KEYS_OF = {"scheduler": ("scheduler",), "worker": ("worker", "client")}
+
+
+def tls_secret(name: str, security: Security) -> dict[str, Any]:
+    """Describe the secret with the certificates of a cluster.
+
+    Parameters
+    ----------
+    name : str
+        Of the secret.
+    security : distributed.Security
+        With a certificate and key for each role, as PEM text or as names of files.
+
+    Raises
+    ------
+    ConfigurationError
+        If a certificate is missing or cannot be read.
+    """
+    held = pem_texts(security)
+    texts = {"ca.crt": held["ca_file"]}
+    for role in ROLES:
+        texts[f"{role}.crt"] = held[f"{role}_cert"]
+        texts[f"{role}.key"] = held[f"{role}_key"]
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name},
+        "type": "Opaque",
+        "stringData": texts,
+    }
+
+
+def tls_volume(role: str, secret: str) -> dict[str, Any]:
+    """Describe the volume that gives a pod the keys of its role, and no others."""
+    names = ["ca.crt"]
+    for held in KEYS_OF[role]:
+        names += [f"{held}.crt", f"{held}.key"]
+    items = [{"key": name, "path": name} for name in names]
+    return {"name": "tls", "secret": {"secretName": secret, "items": items}}
+
+
+def tls_environment(role: str) -> list[dict[str, str]]:
+    """Say in environment variables of Dask's configuration where a pod finds its certificates."""
+    values = {
+        "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True",
+        "DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls",
+        "DASK_DISTRIBUTED__COMM__TLS__CA_FILE": f"{TLS_FOLDER}/ca.crt",
+    }
+    for held in KEYS_OF[role]:
+        prefix = f"DASK_DISTRIBUTED__COMM__TLS__{held.upper()}"
+        values[f"{prefix}__CERT"] = f"{TLS_FOLDER}/{held}.crt"
+        values[f"{prefix}__KEY"] = f"{TLS_FOLDER}/{held}.key"
+    return [{"name": name, "value": value} for name, value in values.items()]
