@@ -1,0 +1,103 @@
+"""Clusters at Amazon Web Services: virtual machines of EC2, or containers of Fargate."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import dask
+from distributed import Security
+
+from dask_nn.clusters.aws_account import Account
+from dask_nn.clusters.certificates import ROLES, pem_texts
+from dask_nn.clusters.optional import import_optional
+from dask_nn.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distributed import Client
+
+    from dask_nn.clusters.request import ClusterRequest
+
+__all__ = ["check_request", "open_cluster"]
+
+SERVICES = {"ec2": "dask_nn.clusters.aws_ec2", "fargate": "dask_nn.clusters.aws_fargate"}
+
+
+@contextmanager
+def open_cluster(request: ClusterRequest) -> Iterator[Client]:
+    """Run the cluster of a request at AWS: ``options["service"]`` is ``"ec2"`` or ``"fargate"``.
+
+    The traffic is encrypted even if nothing is said of it, with temporary certificates, because
+    scheduler and workers may be reached from outside; the option ``protocol="tcp"`` leaves it open.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are no credentials or no region, or an option cannot work.
+    ClusterError
+        If AWS refuses something, or the workers do not come in time.
+    """
+    check_request(request)
+    account = Account.of(request.options)
+    if request.options.get("protocol") != "tcp" and request.security is None:
+        request = replace(request, security=True).with_certificates()
+    service = import_module(SERVICES[request.options.get("service", "ec2")])
+    if isinstance(request.security, Security):
+        request = replace(request, security=_with_texts(request.security))
+    # dask-cloudprovider writes the certificates into Dask's configuration and leaves them there.
+    with (
+        dask.config.set(_settings(request.security)),
+        service.open_cluster(request, account) as client,
+    ):
+        yield client
+
+
+def check_request(request: ClusterRequest) -> None:
+    """Check the options, without a connection.
+
+    Raises
+    ------
+    ConfigurationError
+        If one cannot work, or dask-cloudprovider is not installed.
+    """
+    name: Any = request.options.get("service", "ec2")
+    if name not in SERVICES:
+        raise ConfigurationError(
+            f'service must be "ec2" (virtual machines) or "fargate" (containers), got {name!r}'
+        )
+    if request.walltime:
+        raise ConfigurationError(
+            "walltime is a limit of batch systems; machines at AWS end with the cluster, or when "
+            "they had nothing to do for the scheduler's idle_timeout"
+        )
+    protocol = request.options.get("protocol")
+    if protocol not in {None, "tls", "tcp"}:
+        raise ConfigurationError(f'protocol must be "tls" or "tcp", got {protocol!r}')
+    if protocol == "tcp" and request.security:
+        raise ConfigurationError('protocol="tcp" is without TLS and security asks for it')
+    import_optional("dask_cloudprovider.aws", "aws", "aws")
+    import_module(SERVICES[name]).check_options(request)
+
+
+def _with_texts(security: Security) -> Security:
+    """Give a Security that means the same on another machine, where there are no such files."""
+    texts = {f"tls_{name}": text for name, text in pem_texts(security).items()}
+    return Security(require_encryption=True, **texts)
+
+
+def _settings(security: Security | bool | None) -> dict[str, Any]:
+    if not isinstance(security, Security):
+        return {}
+    settings: dict[str, Any] = {
+        "distributed.comm.default-scheme": "tls",
+        "distributed.comm.require-encryption": True,
+        "distributed.comm.tls.ca-file": pem_texts(security)["ca_file"],
+    }
+    for role in ROLES:
+        settings[f"distributed.comm.tls.{role}.cert"] = getattr(security, f"tls_{role}_cert")
+        settings[f"distributed.comm.tls.{role}.key"] = getattr(security, f"tls_{role}_key")
+    return settings

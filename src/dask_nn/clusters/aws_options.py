@@ -1,0 +1,50 @@
+"""Options that are handed to dask-cloudprovider: those that its classes know, and no others."""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+__all__ = ["check_known"]
+
+# Chosen by what is asked of every kind of cluster.
+OF_THE_REQUEST = {"security", "env_vars", "environment", "n_workers", "asynchronous", "loop"}
+
+
+def check_known(
+    options: Mapping[str, Any], kind: type[Any], own: Collection[str], taken: Collection[str]
+) -> None:
+    """Refuse an option that a class of dask-cloudprovider does not have.
+
+    Parameters
+    ----------
+    options : mapping
+        What was given.
+    kind : type
+        The class.
+    own : collection of str
+        Options of this package beside them.
+    taken : collection of str
+        Options of the class that the request's own words replace.
+
+    Raises
+    ------
+    ConfigurationError
+        With the nearest option that exists.
+    """
+    known = set(own)
+    for part in kind.__mro__:
+        if part.__module__.startswith("dask_cloudprovider"):
+            known |= set(inspect.signature(part).parameters)
+    known -= {"self", "args", "kwargs", *OF_THE_REQUEST, *taken} - set(own)
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ConfigurationError(f"{kind.__name__} has no option {name!r}; {hint}")
