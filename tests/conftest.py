@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - it is looked at, nothing is made in it
-LEFTOVER_PATIENCE_S = 2.0
+LEFTOVER_PATIENCE_S = 5.0
 
 
 class Blobs(NamedTuple):
