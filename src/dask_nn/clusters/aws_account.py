@@ -89,7 +89,7 @@ class Account:
     def client(self, service: str) -> Any:
         """Make a client of one of AWS's services; the caller closes it."""
         config = import_optional("botocore.config", "aws", "aws").Config(
-            connect_timeout=CONNECT_TIMEOUT_S, retries={"max_attempts": 5}
+            connect_timeout=CONNECT_TIMEOUT_S, retries={"max_attempts": 2}
         )
         return self.session.create_client(service, region_name=self.region, config=config)
 

@@ -19,6 +19,7 @@ from distributed import Security
 
 from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
+from dask_nn.clusters.dashboard_port import free_or_any
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.walltime import walltime_s
@@ -197,6 +198,10 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     memory = request.memory or _configured(request.kind, "memory") or DEFAULT_MEMORY
     options["memory"] = format_bytes(parse_bytes(memory) * processes)
     options.setdefault("log_directory", str(folder))
+    scheduler = options.get("scheduler_options")
+    if scheduler is None:
+        scheduler = _configured(request.kind, "scheduler-options") or {}
+    options["scheduler_options"] = {"dashboard_address": free_or_any(":8787"), **scheduler}
     if isinstance(request.security, Security):
         options["security"] = security_of_files(folder, pem_texts(request.security))
     if request.walltime is not None:

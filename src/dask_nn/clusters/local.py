@@ -18,6 +18,7 @@ import dask
 from dask.system import cpu_count
 from distributed import Client, LocalCluster
 
+from dask_nn.clusters.dashboard_port import free_or_any
 from dask_nn.clusters.loop import loop_blind_to_interrupts, start_in
 from dask_nn.clusters.quiet import quiet_distributed
 from dask_nn.errors import ConfigurationError
@@ -135,7 +136,7 @@ def local_cluster(
                     memory_limit=memory_limit,
                     local_directory=scratch,
                     scheduler_kwargs={"local_directory": scratch},
-                    dashboard_address=dashboard_address,
+                    dashboard_address=free_or_any(dashboard_address),
                     silence_logs=logging.CRITICAL,
                     security=security,
                     asynchronous=True,
