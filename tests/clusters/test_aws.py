@@ -227,15 +227,15 @@ def test_a_fargate_worker_gets_its_threads_memory_and_preloads():
 
 
 @pytest.fixture
-def region(tmp_path: Path) -> Any:
+def region(tmp_path: Path, unavailable: Any) -> Any:
     """Run a job in a region of AWS of its own."""
     unshare, ip = shutil.which("unshare"), shutil.which("ip")
     if unshare is None or ip is None:
-        pytest.skip("a region needs unshare (util-linux) and ip (iproute2)")
+        unavailable("a region needs unshare (util-linux) and ip (iproute2)")
     # With its processes, everything that it started ends.
     alone = [unshare, "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("a region needs namespaces for network and processes, which need root")
+        unavailable("a region needs namespaces for network and processes, which need root")
 
     def run(options: dict[str, Any], interrupt: int = 0) -> dict[str, Any]:
         options = {"image": IMAGE, "security_groups": ["@GROUP@"], **options}

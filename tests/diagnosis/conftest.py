@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 from distributed import Client
@@ -18,7 +18,7 @@ from dask_nn.diagnosis.doctor import doctor
 from dask_nn.diagnosis.probe import VARIABLES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from dask_nn.diagnosis.report import Report
@@ -180,13 +180,10 @@ def namespaces() -> bool:
 
 
 @pytest.fixture(scope="session")
-def _needs_namespaces() -> None:
+def _needs_namespaces(unavailable: Callable[[str], NoReturn]) -> None:
     if namespaces():
         return
-    reason = "a small /dev/shm is mounted in a namespace of its own: that needs root and unshare"
-    if os.environ.get("DASK_NN_REQUIRE_SERVICES") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+    unavailable("a small /dev/shm is mounted in a namespace of its own, with root and unshare")
 
 
 @pytest.fixture

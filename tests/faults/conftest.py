@@ -186,21 +186,14 @@ def make_scalable(_quiet_dask: None) -> Iterator[Callable[[int], Any]]:
 
 
 @pytest.fixture(scope="session")
-def network() -> Iterator[Network]:
+def network(unavailable: Callable[[str], NoReturn]) -> Iterator[Network]:
     """Make two hosts with addresses of their own."""
     with contextlib.ExitStack() as stack:
         try:
             found = stack.enter_context(Network())
         except OSError as error:
-            lacking(str(error))
+            unavailable(str(error))
         yield found
-
-
-def lacking(reason: str) -> NoReturn:
-    """Skip a test for what is not here; fail it where everything must be."""
-    if os.environ.get("DASK_NN_REQUIRE_SERVICES"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture
