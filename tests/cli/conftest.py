@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("temporary")
 
 
+def hear_interrupts() -> None:
+    """Let a process hear Ctrl-C, although the tests may run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path, temporary: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start ``dask-nn`` with arguments in an empty folder and a process group of its own."""
@@ -34,6 +40,7 @@ def start(tmp_path: Path, temporary: Path) -> Callable[..., subprocess.Popen[str
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_interrupts,  # noqa: PLW1509 - it only sets a signal
         )
 
     return popen

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -242,7 +240,7 @@ def test_mistakes_are_named_before_a_cluster_starts(folder, monkeypatch, old, ne
     assert message in result.output
 
 
-def test_ctrl_c_in_predict_leaves_nothing_behind(folder, tmp_path):
+def test_ctrl_c_in_predict_leaves_nothing_behind(folder, tmp_path, start):
     slow = folder / f"slow_{tmp_path.name.replace('-', '_')}.py"
     slow.write_text(
         "import time\nfrom pathlib import Path\nfrom torch import nn\n"
@@ -266,8 +264,7 @@ def test_ctrl_c_in_predict_leaves_nothing_behind(folder, tmp_path):
         "predict", "--job", job, "--weights", folder / "slow.safetensors",
         "--input", f"zarr:{folder / 'many.zarr'}", "--output", f"zarr:{tmp_path / 'found'}",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "dask_nn.cli.main", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with start(*arguments) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "begun").exists():
             assert process.poll() is None
