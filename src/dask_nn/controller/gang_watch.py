@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ STOP_S = 1.5
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
 # A look that comes so late finds silence that is this process's own fault.
+# What interrupts again within this time is the same wish: a key held down, or a callback that asks
+# to stop whenever it is called.
+SAME_PRESS_S = 0.5
 LATE_S = 3.0
 
 
@@ -90,6 +94,7 @@ class GangWatch:
         self._inquire_at = 0.0
         self._restored: set[str] = set()
         self._impatient_at: float | None = None
+        self._interrupted_at = -math.inf
         self._told_of_stopping = False
         self._looked = self._caught_up = time.monotonic()
 
@@ -97,19 +102,32 @@ class GangWatch:
         """Watch a gang until all its ranks have ended, or those that did not are given up."""
         end = GangEnd()
         self._inquiry, self._impatient_at, self._told_of_stopping = None, None, False
+        self._interrupted_at = -math.inf
         self._restored = set(self._membership.removed)
         while True:
             try:
                 self.wait()
                 self.look_around()
+            except KeyboardInterrupt:
+                self._note_interrupt(end)
+            # Also where callbacks interrupt every look: the ranks have to hear of it.
+            try:
                 if self._has_ended(group, end):
                     return end
             except KeyboardInterrupt:
-                if self._impatient_at is not None:
-                    raise
-                if end.interrupted:
-                    self._impatient_at = time.monotonic()
-                end.interrupted = True
+                self._note_interrupt(end)
+
+    def _note_interrupt(self, end: GangEnd) -> None:
+        """Stop the gang; at the second time, soon; at the third, do not wait for it at all."""
+        now = time.monotonic()
+        if now < self._interrupted_at + SAME_PRESS_S:
+            return
+        if self._impatient_at is not None:
+            raise KeyboardInterrupt
+        self._interrupted_at = now
+        if end.interrupted:
+            self._impatient_at = now
+        end.interrupted = True
 
     def _stop(self, group: RankGroup) -> None:
         """Do as Ctrl-C wants: stop at a step boundary; at the second time, at once."""
