@@ -280,7 +280,7 @@ def test_before_a_slurm_job_ends(job, undisturbed, make_cluster, same_bits, hear
     result = job.train(client, checkpoint=saved, callbacks=[heard])
     same_bits(result, undisturbed)
     (written,) = heard.named("checkpoint")
-    assert 10 <= written.details["steps"] < 90
+    assert 0 < written.details["steps"] < 90
 
 
 def test_workers_that_are_told_to_end_save_first(

@@ -157,9 +157,9 @@ def test_adaptive_scaling_in_both_directions(
             elif event.name == "resized" and event.details["ranks"] == 2:
                 client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
 
-    result = job.train(client, epochs=6, callbacks=[heard, Adapt()])
-    same_bits(result, job.train(None, epochs=6))
-    written.check(job.order(6))
+    result = job.train(client, epochs=10, callbacks=[heard, Adapt()])
+    same_bits(result, job.train(None, epochs=10))
+    written.check(job.order(10))
     sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
     assert max(sizes) == 2
     assert sizes[-1] == 1
@@ -224,8 +224,10 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bi
         time.sleep(0.1)
     (saved,) = folder.glob("epoch-*")
     steps = int(saved.name.rsplit("-", 1)[1])
-    order = {place: rows for place, rows in job.order(steps // 30 + 1).items() if place[0] < steps}
-    assert written.check(order)["repeated"] == 0
+    order = job.order(steps // 30 + 1)
+    done = {place: rows for place, rows in order.items() if place[0] < steps}
+    last = {place: rows for place, rows in order.items() if place[0] == steps}
+    assert written.check(done, cut_short=last)["repeated"] == 0
     epochs = resumed_epochs(folder)
     resumed = job.train(None, epochs=epochs, checkpoint=folder, resume=True)
     same_bits(resumed, job.train(None, epochs=epochs))

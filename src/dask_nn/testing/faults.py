@@ -279,7 +279,12 @@ class Ledger:
 
     folder: Path
 
-    def check(self, expected: dict[tuple[int, int], list[int]]) -> dict[str, int]:
+    def check(
+        self,
+        expected: dict[tuple[int, int], list[int]],
+        *,
+        cut_short: dict[tuple[int, int], list[int]] | None = None,
+    ) -> dict[str, int]:
         """Compare with the samples that each (step, shard) shall have.
 
         Every step must have been completed, every shard of it computed with exactly its samples,
@@ -290,6 +295,8 @@ class Ledger:
         ----------
         expected : dict
             From (step, shard) to the numbers of its rows.
+        cut_short : dict, optional
+            The same of a step that was under way when the run ended: its shards may be there.
 
         Returns
         -------
@@ -313,6 +320,9 @@ class Ledger:
             if place[0] not in applied:
                 raise AssertionError(f"step {place[0]} was never completed")
             computed[place] = attempts
+        for place, rows in (cut_short or {}).items():
+            if any(attempt != rows for attempt in computed.pop(place, [])):
+                raise AssertionError(f"(step, shard) {place} was computed with other samples")
         unknown = computed.keys() - expected.keys()
         if unknown:
             raise AssertionError(f"computed without being asked for: {sorted(unknown)[:3]}")
