@@ -67,7 +67,7 @@ def test_a_host_that_is_cut_off(
                 threading.Timer(0.5, network.mend, (host,)).start()
 
     began = time.monotonic()
-    recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    recovery = dask_nn.Recovery(hang_timeout_s=5, elastic=False)
     result = job.train(client, callbacks=[heard, Cut()], recovery=recovery)
     assert time.monotonic() - began < 40
     same_bits(result, undisturbed)
@@ -100,7 +100,7 @@ def test_two_hosts_that_only_the_scheduler_reaches(
                        "dev", "eth0", "nud", "permanent")  # fmt: skip
 
     began = time.monotonic()
-    recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    recovery = dask_nn.Recovery(hang_timeout_s=5, elastic=False)
     try:
         result = job.train(client, callbacks=[heard, Cut()], recovery=recovery)
     finally:
