@@ -10,6 +10,9 @@ TORCHLESS = [
     "dask_nn.cli.main",
     "dask_nn.collectives.tree",
     "dask_nn.config",
+    # Functions of these run on the scheduler.
+    "dask_nn.controller.leases",
+    "dask_nn.controller.scheduler_side",
     "dask_nn.data.plan",
     "dask_nn.diagnosis.doctor",
     "dask_nn.errors",

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.controller import scheduler_side
 from dask_nn.controller.placement import WorkerFacts
 from dask_nn.controller.worker_side import describe
 from dask_nn.errors import ClusterError, IncompatibleWorkers
@@ -82,7 +83,7 @@ def list_workers(client: Client) -> dict[str, str]:
     ClusterError
         If the scheduler is gone, or does not answer.
     """
-    question: Any = client._run_on_scheduler(_list_workers)  # noqa: SLF001  (the other has no deadline)
+    question: Any = client._run_on_scheduler(scheduler_side.list_workers)  # noqa: SLF001  (the other has no deadline)
     answer = in_loop(client, question)
     try:
         found: dict[str, str] = answer.result(LIST_S)
@@ -93,10 +94,6 @@ def list_workers(client: Client) -> dict[str, str]:
     except OSError as error:
         raise scheduler_lost(client) from error
     return found
-
-
-def _list_workers(dask_scheduler: Any) -> dict[str, str]:
-    return {address: str(worker.server_id) for address, worker in dask_scheduler.workers.items()}
 
 
 def scheduler_lost(client: Client) -> ClusterError:

@@ -36,10 +36,10 @@ STOP_S = 1.5
 # However the run ended, ranks that still work get so long to notice.
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
-# A look that comes so late finds silence that is this process's own fault.
 # What interrupts again within this time is the same wish: a key held down, or a callback that asks
 # to stop whenever it is called.
 SAME_PRESS_S = 0.5
+# A look that comes so late finds silence that is this process's own fault.
 LATE_S = 3.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
 from concurrent.futures import Future
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dask_nn.controller.admission import Admission
 from dask_nn.controller.cluster import in_loop, list_workers
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
+from dask_nn.controller.scheduler_side import remove_worker
 from dask_nn.errors import ClusterError, ConfigurationError, IncompatibleWorkers
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Membership:
         self._evicted.add(address)
         future = in_loop(
             self._client,
-            self._client._run_on_scheduler(_remove, address),  # noqa: SLF001  (the other blocks)
+            self._client._run_on_scheduler(remove_worker, address),  # noqa: SLF001  (the other blocks)
         )
         self._evictions.append(future)
 
@@ -219,12 +219,3 @@ class Membership:
         future = self._admission.examine(address, sorted(self.engaged))
         self._asked[address] = future
         future.add_done_callback(lambda _: self._changed.set())
-
-
-async def _remove(address: str, dask_scheduler: Any) -> None:
-    # Its tasks are not to blame; the argument that says so was renamed in distributed 2025.
-    names = inspect.signature(dask_scheduler.remove_worker).parameters
-    blameless = {name: True for name in ("expected", "safe") if name in names}
-    await dask_scheduler.remove_worker(
-        address, stimulus_id="dask-nn-evict", close=True, **blameless
-    )
