@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 RANKS = 2
 IMAGE = (3, 64, 64)
 BLOCK_BYTES = 8 << 20
-PRELOAD = ("torch._dynamo", "dask_nn.training.rank_main")
+PRELOAD = ("torch._dynamo", "dask_nn.training.rank_main", "dask_nn.data.peek")
 BATCH = 256
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from dask_nn.controller.gang_end import GangEnd, Loss
-from dask_nn.controller.keeping import Position, StateSource
-from dask_nn.controller.spmd import useful_state
 from dask_nn.errors import IncompatibleWorkers
 from dask_nn.training.outcome import RankOutcome
 
@@ -75,16 +73,3 @@ def test_a_later_gang_refuses_who_computes_other_bits():
     first = GangEnd(outcomes=[outcome("failed", exception=error)])
     first.judge(0)
     assert first.cause is None
-
-
-def source(address: str, epoch: int, steps: int) -> StateSource:
-    return StateSource(address=address, generation=0, position=Position(epoch, steps))
-
-
-def test_what_is_kept_for_the_loss_of_a_whole_gang():
-    """One state outside of it, the newest, unless a checkpoint is as new."""
-    states = [source("a", 2, 60), source("b", 1, 30), source("member", 3, 90)]
-    assert useful_state(states, members={"member"}, saved=(0, 0)) == states[0]
-    assert useful_state(states, members={"member"}, saved=(2, 59)) == states[0]
-    assert useful_state(states, members={"member"}, saved=(2, 60)) is None
-    assert useful_state([], members=(), saved=(0, 0)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -275,12 +276,13 @@ def test_before_a_slurm_job_ends(job, undisturbed, make_cluster, same_bits, hear
 
         os.environ["SLURM_JOB_END_TIME"] = str(int(time.time() + seconds))
 
+    client.run(importlib.import_module, "dask_nn.data.peek")  # seconds on a busy machine
     client.run(tell, 62, workers=[last])
     saved = dask_nn.Checkpoint(tmp_path / "run", every=1000, before_walltime_s=60)
     result = job.train(client, checkpoint=saved, callbacks=[heard])
     same_bits(result, undisturbed)
     (written,) = heard.named("checkpoint")
-    assert 0 < written.details["steps"] < 90
+    assert 10 <= written.details["steps"] < 90
 
 
 def test_workers_that_are_told_to_end_save_first(

@@ -139,8 +139,10 @@ def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, sa
     same_bits(job.train(client), undisturbed)
 
 
-def test_adaptive_scaling_brings_a_rank(job, make_scalable, ledger, same_bits, heard, tmp_path):
-    """It grows for other work, and the run takes part of that."""
+def test_adaptive_scaling_in_both_directions(
+    job, make_scalable, ledger, same_bits, heard, tmp_path
+):
+    """It grows for other work, the run takes part of that, and it leaves when it has to."""
     client = make_scalable(1)
     written = ledger(client)
     slow_down(client, tmp_path, 0.1)
@@ -152,14 +154,16 @@ def test_adaptive_scaling_brings_a_rank(job, make_scalable, ledger, same_bits, h
             if event.name == "first-step":
                 client.cluster.adapt(minimum=1, maximum=2, interval="200 ms", wait_count=1)
                 others.extend(client.map(time.sleep, [0.2] * 100, pure=False))
+            elif event.name == "resized" and event.details["ranks"] == 2:
+                for other in others:
+                    other.cancel()
+                client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
 
     result = job.train(client, epochs=8, callbacks=[heard, Adapt()])
     same_bits(result, job.train(None, epochs=8))
     written.check(job.order(8))
     sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
-    assert max(sizes) == 2
-    for other in others:
-        other.cancel()
+    assert sizes == [2, 1]
 
 
 CLIENT = """

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["mnist"]
 
 # What ranks need; an optimizer imports torch._dynamo when the first one is made.
-_PRELOAD = ("torch._dynamo", "dask_nn.training.rank_main", "dask_nn.controller.worker_side")
+_PRELOAD = (
+    "torch._dynamo",
+    "dask_nn.training.rank_main",
+    "dask_nn.controller.worker_side",
+    "dask_nn.data.peek",
+)
 _POSITIVE = click.IntRange(min=1)
 # Wider, and the weights alone take gigabytes.
 _WIDTH = click.IntRange(min=1, max=1_000_000)

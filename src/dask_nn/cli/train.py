@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 # What workers import while the data is looked at.
-PRELOAD = ("torch", "dask_nn.training.rank_main")
+PRELOAD = ("torch", "dask_nn.training.rank_main", "dask_nn.data.peek")
 
 
 @click.command

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import in_loop, scheduler_lost
+from dask_nn.controller.scheduler_side import RanksMayMove
 from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _claim(
     queue: bool,
     dask_scheduler: Any,
 ) -> list[str]:
+    RanksMayMove.add_to(dask_scheduler)
     held, waiting = _table(dask_scheduler)
     _known_runs(dask_scheduler)[run_id] = client_id
     out_of_reach = _out_of_reach(run_id, held, waiting)

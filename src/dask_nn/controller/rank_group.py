@@ -16,6 +16,7 @@ from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
 from dask_nn.controller.cluster import ask_workers, in_loop
 from dask_nn.controller.rank_handles import signal_ranks
 from dask_nn.controller.reachability import ask_for_reach, judge
+from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.controller.worker_side import RankPayload, Seat, run_rank
 from dask_nn.errors import Aborted
 from dask_nn.training.outcome import RankOutcome
@@ -172,7 +173,7 @@ class RankGroup:
                 run_rank,
                 sent,
                 seat,
-                key=f"dask-nn-rank-{seat.gang}-{seat.rank}",
+                key=f"{RANK_PREFIX}{seat.gang}-{seat.rank}",
                 workers=[seat.address],
                 allow_other_workers=False,
                 retries=0,

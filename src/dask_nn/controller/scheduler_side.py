@@ -9,7 +9,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-__all__ = ["list_workers", "remove_worker"]
+from distributed import SchedulerPlugin
+
+__all__ = ["RANK_PREFIX", "RanksMayMove", "list_workers", "remove_worker"]
+
+# Of the keys of the tasks that are ranks.
+RANK_PREFIX = "dask-nn-rank-"
 
 
 def list_workers(dask_scheduler: Any) -> dict[str, str]:
@@ -25,3 +30,32 @@ async def remove_worker(address: str, dask_scheduler: Any) -> None:
     await dask_scheduler.remove_worker(
         address, stimulus_id="dask-nn-evict", close=True, **blameless
     )
+
+
+class RanksMayMove(SchedulerPlugin):
+    """Lets adaptive clusters close workers that have ranks.
+
+    The scheduler never offers a worker with a long-running task for that, which would begin anew
+    somewhere else. A rank leaves at a step boundary and loses nothing. Such a worker still counts
+    as busy: it is closed only where the cluster has to become smaller, after all idle ones.
+    """
+
+    name = "dask-nn-ranks-may-move"
+
+    @classmethod
+    def add_to(cls, scheduler: Any) -> None:
+        """Register it with a scheduler, once."""
+        if cls.name not in scheduler.plugins:
+            scheduler.add_plugin(cls(), name=cls.name)
+
+    def valid_workers_downscaling(self, scheduler: Any, workers: list[Any]) -> list[Any]:
+        """Add the workers whose long-running tasks are ranks, and nothing else."""
+        known = set(workers)
+        movable = [
+            worker
+            for worker in scheduler.workers.values()
+            if worker not in known
+            and worker.long_running
+            and all(str(task.key).startswith(RANK_PREFIX) for task in worker.long_running)
+        ]
+        return [*workers, *movable]

@@ -16,22 +16,24 @@ from dask_nn.controller.gang_end import GangEnd, Loss
 from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.heartbeats import Heartbeats
 from dask_nn.controller.homecoming import bring_home, save_here, with_state
-from dask_nn.controller.keeping import Position, StateSource
+from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
 from dask_nn.controller.rank_group import RankGroup, Unanswered, choose_again
+from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
 from dask_nn.errors import CheckpointError, WorkerLost
 from dask_nn.events import Event
 from dask_nn.training.checkpointing import LastSave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
 
+    from dask_nn.controller.keeping import StateSource
     from dask_nn.controller.placement import Seating, WorkerFacts
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.training.outcome import RankOutcome
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "run_spmd"]
 
-# A gang is resized at most so often: each time costs a fraction of a second.
+# A gang grows at most so often: each time costs a fraction of a second.
 RESIZE_EVERY_S = 5.0
 FORGET_S = 1.0
 
@@ -159,6 +161,7 @@ class _Run:
         self._reload = reload
         self._run_id = uuid.uuid4().hex[:12]
         self._leases = Leases(client, self._run_id)
+        self._seats = Seats(membership, self._leases, payload.spec)
         self._heartbeats = Heartbeats(
             hang_timeout_s=recovery.hang_timeout_s,
             start_timeout_s=payload.settings.start_timeout_s,
@@ -187,10 +190,9 @@ class _Run:
         self._canary = b""
         self._told_start = False
         self._bitwise = True
-        self._source: StateSource | None = None
+        self._kept = KeptStates()
         self._generation = 0
         self._failures = FailureCount()
-        self._states: dict[str, StateSource] = {}
         self._last_end: GangEnd | None = None
         self._ranks = 0
         self._started = False
@@ -222,14 +224,20 @@ class _Run:
     def train(self, seating: Seating) -> SpmdEnd:
         """Run gang after gang."""
         try:
-            seating = self._take_turns(seating)
+            seating = self._seats.claim_first(
+                seating,
+                queue_timeout_s=self._payload.settings.queue_timeout_s,
+                on_queued=lambda others: self._tell("queued", workers=sorted(others)),
+            )
         except KeyboardInterrupt:
             return SpmdEnd(outcomes=[], interrupted=True)
         # What the runs of clients that were killed have left on the workers is nobody's.
         self._ask_all(forget_runs_but, self._leases.runs())
         while True:
             end = self._run_gang(seating)
-            self._find_newest(end)
+            self._kept.note(
+                end.outcomes, generation=self._generation, removed=self._membership.removed
+            )
             if end.cause is None:
                 outcomes = self._with_newest_state(end)
                 if outcomes is not None:
@@ -252,7 +260,7 @@ class _Run:
             return self._salvage(end)
         if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
             return self._marked(end.outcomes)
-        snapshot = bring_home(self._client, self._sources(), self._run_id)
+        snapshot = bring_home(self._client, self._kept.sources(), self._run_id)
         if snapshot is None:
             return end.outcomes if end.interrupted else None
         return self._marked(with_state(end.outcomes, snapshot))
@@ -261,7 +269,7 @@ class _Run:
         """Fetch what the ranks have reached where the run does not go on, and save it."""
         if self._client.status != "running":
             return end.outcomes
-        snapshot = bring_home(self._client, self._sources(), self._run_id)
+        snapshot = bring_home(self._client, self._kept.sources(), self._run_id)
         if snapshot is None:
             return end.outcomes
         checkpoint = self._payload.checkpoint
@@ -278,28 +286,6 @@ class _Run:
     def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
         """Say whether the ranks of all gangs, not of the last one alone, computed the same bits."""
         return [replace(o, bitwise=o.bitwise and self._bitwise) for o in outcomes]
-
-    def _sources(self) -> list[StateSource]:
-        """Give those that have the newest state."""
-        newest = self._source
-        if newest is None:
-            return []
-        return [s for s in self._states.values() if s.position == newest.position]
-
-    def _take_turns(self, seating: Seating) -> Seating:
-        """Get workers that no other run has: others of as many, where there are some, or wait."""
-        if not self._leases.claim(seating.addresses):
-            return seating
-        free = self._seating(self._leases.taken())
-        enough = free is not None and len(free.workers) >= len(seating.workers)
-        if free is not None and enough and not self._leases.claim(free.addresses):
-            return free
-        self._leases.wait_for(
-            seating.addresses,
-            self._payload.settings.queue_timeout_s,
-            lambda others: self._tell("queued", workers=sorted(others)),
-        )
-        return seating
 
     def _run_gang(self, seating: Seating) -> GangEnd:
         self._heartbeats.clear()
@@ -322,7 +308,7 @@ class _Run:
             seating=seating,
             collective=collective,
             changed=self._changed,
-            source=self._source,
+            source=self._kept.newest,
             canary=self._canary,
             hang_timeout_s=self._recovery.hang_timeout_s,
         )
@@ -368,65 +354,43 @@ class _Run:
 
     def _prepare_next_gang(self) -> None:
         """Tell the ranks where to start, and what is saved already."""
-        source = self._source
-        if source is None or source.position < self._messages.saved[:2]:
-            start = self._reload_beyond(source)
-            if source is None or start is not None:
-                self._source = None
+        kept = self._kept.newest
+        if kept is None or kept.position < self._messages.saved[:2]:
+            start = self._reload_beyond(kept)
+            if kept is None or start is not None:
+                self._kept.pass_over()
                 self._payload = replace(self._payload, start=start)
                 self._messages.note_start_from(start)
         epoch, steps, since = self._messages.saved
         saved = LastSave(epoch=epoch, steps=steps, age_s=time.monotonic() - since)
         self._payload = replace(self._payload, last_save=saved)
 
-    def _reload_beyond(self, source: StateSource | None) -> Snapshot | None:
+    def _reload_beyond(self, kept: StateSource | None) -> Snapshot | None:
         """Read the newest checkpoint, if it is newer than what a worker still has."""
         try:
             found = self._reload()
         except CheckpointError:
-            if source is None:
+            if kept is None:
                 raise
             return None
-        newer = found is not None and (source is None or found.position > source.position)
+        newer = found is not None and (kept is None or found.position > kept.position)
         return found if newer else None
 
     def _wants_resize(self, group: RankGroup) -> bool:
-        now = time.monotonic()
-        if now - self._resized < RESIZE_EVERY_S or not self._started:
+        if not self._started:
             return False
+        now = time.monotonic()
+        leaving = self._messages.leaving
         members = {seat.address for seat in group.seats}
-        wanted = bool(members & self._messages.leaving)
-        if not wanted and self._recovery.elastic:
-            self._exclude_leaving()
-            seating = self._seating()
-            wanted = seating is not None and len(seating.workers) > len(members)
-            if wanted:
-                seating = self._seating(self._leases.taken())
-                wanted = seating is not None and len(seating.workers) > len(members)
+        # A worker that closes waits for a few seconds only; growing can wait.
+        wanted = bool(members & leaving) or (
+            self._recovery.elastic
+            and now - self._resized >= RESIZE_EVERY_S
+            and self._seats.more_than(len(members), leaving)
+        )
         if wanted:
             self._resized = now
         return wanted
-
-    def _exclude_leaving(self) -> None:
-        for address in self._messages.leaving:
-            self._membership.exclude(address, "it is closing")
-
-    def _find_newest(self, end: GangEnd) -> None:
-        """Take the newest state that a rank of the gang has left as the truth."""
-        alive = [
-            outcome
-            for outcome in end.outcomes
-            if outcome.has_state and outcome.address not in self._membership.removed
-        ]
-        for outcome in alive:
-            self._states[outcome.address] = StateSource(
-                address=outcome.address,
-                generation=self._generation,
-                position=Position(*outcome.position),
-            )
-        for address in self._membership.removed & self._states.keys():
-            del self._states[address]
-        self._source = max(self._states.values(), key=lambda source: source.position, default=None)
 
     def _next_seating(self, before: Seating, end: GangEnd) -> Seating:
         """Wait until there are workers to go on with.
@@ -437,13 +401,14 @@ class _Run:
             If the run shall not go on.
         """
         cause = end.cause or "broken"
+        newest = self._kept.newest
         # Where nobody is left to say how far it came, look at where it began.
-        steps = self._started_at if self._source is None else self._source.position.steps
-        self._failures.note(cause, steps)
+        self._failures.note(cause, self._started_at if newest is None else newest.position.steps)
         self._tell_of_losses(end)
         told = False
         while True:
-            seating = self._find_seating()
+            self._watch.look_around()
+            seating = self._seats.claim(self._messages.leaving)
             action = decide(
                 Situation(
                     cause=cause,
@@ -494,22 +459,6 @@ class _Run:
             errors = [end.reason] if end.reason else sorted({o.error for o in end.outcomes})
             self._tell("gang-broken", step=steps, reason="; ".join(errors))
 
-    def _find_seating(self) -> Seating | None:
-        """Choose and claim the workers of the next gang among those that are there now."""
-        self._watch.look_around()
-        self._exclude_leaving()
-        seating = self._seating(self._leases.taken())
-        return None if seating is None or self._leases.claim(seating.addresses) else seating
-
-    def _seating(self, taken: Collection[str] = ()) -> Seating | None:
-        spec = self._payload.spec
-        return self._membership.seating(
-            shards=spec.shards,
-            threads_per_rank=spec.threads_per_rank,
-            device=spec.device,
-            taken=taken,
-        )
-
     def _tell(self, name: str, **details: Any) -> None:
         self._listener.on_event(Event(name=name, time_s=time.time(), details=details))
 
@@ -538,12 +487,9 @@ class _Run:
 
     def _drop_older_states(self) -> None:
         """Keep one state that was left earlier, if it is of use when the whole gang is lost."""
-        left = useful_state(
-            self._states.values(), members=self._membership.engaged, saved=self._messages.saved[:2]
-        )
-        self._states = {} if left is None else {left.address: left}
+        self._kept.drop_older(members=self._membership.engaged, saved=self._messages.saved[:2])
         if self._generation:
-            addresses = [a for a in self._membership.present if a not in self._states]
+            addresses = [a for a in self._membership.present if a not in self._kept.addresses]
             ask_workers(
                 self._client,
                 forget_older,
@@ -552,23 +498,3 @@ class _Run:
                 self._generation,
                 timeout_s=FORGET_S,
             )
-
-
-def useful_state(
-    states: Iterable[StateSource], *, members: Collection[str], saved: tuple[int, int]
-) -> StateSource | None:
-    """Choose what is kept of earlier gangs' states once a gang is at work, whose own are newer.
-
-    It matters if all members die: the newest one outside of the gang, unless a checkpoint is newer.
-
-    Parameters
-    ----------
-    states : iterable of StateSource
-        That were left.
-    members : collection of str
-        Workers of the gang.
-    saved : tuple of int
-        Epoch and steps of the newest checkpoint.
-    """
-    outside = [s for s in states if s.address not in members and s.position > saved]
-    return max(outside, key=lambda source: source.position, default=None)

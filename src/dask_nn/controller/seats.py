@@ -1,0 +1,108 @@
+"""The workers of the next gang: those that can train, and that no other run holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from dask_nn.controller.leases import Leases
+    from dask_nn.controller.membership import Membership
+    from dask_nn.controller.placement import Seating
+    from dask_nn.training.spec import TrainingSpec
+
+__all__ = ["Seats"]
+
+
+class Seats:
+    """Finds workers for a run, and claims them.
+
+    Parameters
+    ----------
+    membership : Membership
+        The workers that are there.
+    leases : Leases
+        Which run holds which.
+    spec : TrainingSpec
+        What the ranks compute.
+    """
+
+    def __init__(self, membership: Membership, leases: Leases, spec: TrainingSpec) -> None:
+        self._membership = membership
+        self._leases = leases
+        self._spec = spec
+
+    def claim_first(
+        self,
+        seating: Seating,
+        *,
+        queue_timeout_s: float,
+        on_queued: Callable[[Collection[str]], None],
+    ) -> Seating:
+        """Claim what was chosen, as many others that are free, or wait until the others are done.
+
+        Parameters
+        ----------
+        seating : Seating
+            The first choice.
+        queue_timeout_s : float
+            Longest wait.
+        on_queued : callable
+            Told whose turn it is, if there is a wait.
+
+        Raises
+        ------
+        ClusterError
+            If other runs keep the workers for too long.
+        """
+        if not self._leases.claim(seating.addresses):
+            return seating
+        free = self._find(self._leases.taken())
+        enough = free is not None and len(free.workers) >= len(seating.workers)
+        if free is not None and enough and not self._leases.claim(free.addresses):
+            return free
+        self._leases.wait_for(seating.addresses, queue_timeout_s, on_queued)
+        return seating
+
+    def claim(self, leaving: Iterable[str]) -> Seating | None:
+        """Choose and claim workers among those that are there now.
+
+        Parameters
+        ----------
+        leaving : iterable of str
+            Workers that are about to close.
+        """
+        self._exclude(leaving)
+        seating = self._find(self._leases.taken())
+        return None if seating is None or self._leases.claim(seating.addresses) else seating
+
+    def more_than(self, ranks: int, leaving: Iterable[str]) -> bool:
+        """Say whether more workers than `ranks` could train, and are free.
+
+        Parameters
+        ----------
+        ranks : int
+            Of the gang at work.
+        leaving : iterable of str
+            Workers that are about to close.
+        """
+        self._exclude(leaving)
+        # Leases are asked of the scheduler, so only where it matters.
+        return self._seats() > ranks and self._seats(self._leases.taken()) > ranks
+
+    def _exclude(self, leaving: Iterable[str]) -> None:
+        for address in leaving:
+            self._membership.exclude(address, "it is closing")
+
+    def _seats(self, taken: Collection[str] = ()) -> int:
+        seating = self._find(taken)
+        return 0 if seating is None else len(seating.workers)
+
+    def _find(self, taken: Collection[str] = ()) -> Seating | None:
+        return self._membership.seating(
+            shards=self._spec.shards,
+            threads_per_rank=self._spec.threads_per_rank,
+            device=self._spec.device,
+            taken=taken,
+        )
