@@ -193,7 +193,7 @@ def train(
     )
     in_force = settings()
     with cluster_of(client) as found, ending_cleanly():
-        saved = open_checkpoints(options.checkpoint, resume=resume)
+        saved = open_checkpoints(options.checkpoint, resume=resume, epochs=options.epochs)
         prepared = prepare(
             options if saved is None else options.with_layout_of(saved.configuration),
             X,

@@ -244,6 +244,15 @@ def test_a_run_that_would_go_on_with_other_bits_is_refused(job, tmp_path, other,
         job.train(None, checkpoint=tmp_path / "run", resume=True, **other)
 
 
+def test_a_run_that_came_further_already_is_refused(job, tmp_path):
+    """Not given back as if it had so few epochs, and not trained any more."""
+    saved = dask_nn.Checkpoint(tmp_path / "run", every=40, keep=9)
+    job.train(None, epochs=2, checkpoint=saved)
+    with pytest.raises(ConfigurationError, match="has come to epoch 2 already, and epochs=1"):
+        job.train(None, epochs=1, checkpoint=saved, resume=True)
+    assert len(job.train(None, epochs=2, checkpoint=saved, resume=True).history) == 2
+
+
 def test_shards_are_taken_from_the_checkpoint(job, undisturbed, same_bits, tmp_path):
     job.train(None, epochs=1, checkpoint=tmp_path / "run")
     result = job.train(

@@ -194,7 +194,8 @@ def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) 
         check(job, len(dataset.digits.train_labels))
         _make_folders(places)
         # Found out before minutes of sequential training.
-        open_checkpoints(Checkpoint.of(places.checkpoint), resume=places.resume)
+        checkpoint = Checkpoint.of(places.checkpoint)
+        open_checkpoints(checkpoint, resume=places.resume, epochs=job.epochs)
         sequential: Sequential | None = None
         try:
             if with_sequential:

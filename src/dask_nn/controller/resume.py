@@ -90,23 +90,55 @@ class SavedRun:
             )
             raise ConfigurationError(message)
 
+    def check_epochs(self, epochs: int) -> None:
+        """Check that a run of so many epochs has not come further already.
 
-def open_checkpoints(checkpoint: Checkpoint | None, *, resume: bool) -> SavedRun | None:
+        Raises
+        ------
+        ConfigurationError
+            If it has.
+        """
+        reached = self.snapshot.epoch + (self.snapshot.step > 0)
+        if reached > epochs:
+            message = (
+                f"the run saved in {self.path} has come to epoch {reached} already, and epochs="
+                f"{epochs} counts from its beginning; use a larger number, or another checkpoint "
+                "folder"
+            )
+            raise ConfigurationError(message)
+
+
+def open_checkpoints(
+    checkpoint: Checkpoint | None, *, resume: bool, epochs: int
+) -> SavedRun | None:
     """Check that checkpoints can be written, and read the newest one where a run is resumed.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint or None
+        Where to, and when.
+    resume : bool
+        Whether to go on with what is there.
+    epochs : int
+        How many the run shall have at its end.
 
     Raises
     ------
     CheckpointError
         If the place cannot be written, or has checkpoints of which none is valid.
     ConfigurationError
-        If the place already has checkpoints and the run is a new one.
+        If the place already has checkpoints and the run is a new one, or they are further than the
+        run shall come.
     """
     if checkpoint is None:
         return None
     with prepare_storage(checkpoint) as (_, occupied):
         pass
     if resume:
-        return newest_checkpoint(checkpoint)
+        saved = newest_checkpoint(checkpoint)
+        if saved is not None:
+            saved.check_epochs(epochs)
+        return saved
     if occupied:
         message = (
             f"{checkpoint.url} already has checkpoints; go on with resume=True "
