@@ -26,7 +26,7 @@ import dask_nn
 from dask_nn.callbacks.base import Callback
 from dask_nn.clusters.local import local_cluster
 from dask_nn.data.plan import Plan
-from dask_nn.testing.faults import Ledger, pretend_cores, record_steps
+from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps
 from dask_nn.testing.network import Network
 
 if TYPE_CHECKING:
@@ -194,6 +194,16 @@ def network(unavailable: Callable[[str], NoReturn]) -> Iterator[Network]:
         except OSError as error:
             unavailable(str(error))
         yield found
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> Fault:
+    """Give a pause after every step, so that a replacement is there long before the run ends."""
+    import dask
+
+    monkeypatch.setattr("dask_nn.controller.spmd.RESIZE_EVERY_S", 1.0)
+    forked = dask.config.get("distributed.worker.multiprocessing-method") == "forkserver"
+    return Fault(point="applied", action="sleep", seconds=0.06 if forked else 0.15, every_time=True)
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_a_worker_that_is_retired(
 
 
 def test_a_replacement_takes_its_shards_from_a_peer(
-    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path, unhurried
 ):
     client = make_cluster(2)
     written = ledger(client)
@@ -207,7 +207,7 @@ def test_a_replacement_takes_its_shards_from_a_peer(
         client,
         [
             Fault(point="forward", rank=1, step=10),
-            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
+            unhurried,
         ],
         tmp_path,
     )
@@ -219,39 +219,15 @@ def test_a_replacement_takes_its_shards_from_a_peer(
     assert 10 <= resized.details["step"] < STEPS
 
 
-def test_a_worker_that_dies_while_it_copies_the_state(
-    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
+@pytest.mark.parametrize(("workers", "point"), [(2, "copying state"), (3, "serving state")])
+def test_a_worker_dies_while_a_state_is_copied(
+    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path, unhurried, workers, point
 ):
-    client = make_cluster(2)
+    """The one that joins, and the peer that serves it."""
+    client = make_cluster(workers)
     written = ledger(client)
     install(
-        client,
-        [
-            Fault(point="forward", rank=1, step=10),
-            Fault(point="copying state"),
-            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
-        ],
-        tmp_path,
-    )
-    result = job.train(client, callbacks=[heard])
-    same_bits(result, undisturbed)
-    written.check(job.order())
-    assert len(heard.named("worker-lost")) == 2
-
-
-def test_the_peer_that_serves_the_state_dies(
-    job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
-):
-    client = make_cluster(3)
-    written = ledger(client)
-    install(
-        client,
-        [
-            Fault(point="forward", rank=1, step=10),
-            Fault(point="serving state"),
-            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
-        ],
-        tmp_path,
+        client, [Fault(point="forward", rank=1, step=10), Fault(point=point), unhurried], tmp_path
     )
     result = job.train(client, callbacks=[heard])
     same_bits(result, undisturbed)
@@ -289,7 +265,7 @@ def test_too_few_workers(job, make_cluster, heard, tmp_path):
 
 @pytest.mark.parametrize("bitwise", [True, False])
 def test_a_worker_that_computes_other_bits_is_left_out_by_name_or_marks_the_run(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path, bitwise
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, bitwise, unhurried
 ):
     client = make_cluster(2)
     first = set(pids(client))
@@ -310,7 +286,7 @@ def test_a_worker_that_computes_other_bits_is_left_out_by_name_or_marks_the_run(
             Fault(point="forward", rank=1, step=10),
             # The foreign worker is gone again when the run ends.
             *([] if bitwise else [Fault(point="forward", rank=1, step=86)]),
-            Fault(point="applied", action="sleep", seconds=0.15, every_time=True),
+            unhurried,
         ],
         tmp_path,
     )
