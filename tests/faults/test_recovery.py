@@ -81,6 +81,8 @@ def test_all_at_once_without_a_checkpoint_begins_anew(
     result = job.train(client, callbacks=[heard])
     same_bits(result, undisturbed)
     assert heard.named("recovered")[0].details["step"] == 0
+    # The replacements are not asked to reach those that they replace.
+    assert not heard.named("worker-refused")
 
 
 def test_a_stopped_process_is_given_up_and_changes_nothing_when_it_wakes_up(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from dask_nn.controller.admission import Admission
@@ -17,6 +17,7 @@ from dask_nn.errors import ClusterError, ConfigurationError, IncompatibleWorkers
 if TYPE_CHECKING:
     import threading
     from collections.abc import Collection, Sequence
+    from concurrent.futures import Future
 
     from distributed import Client
 
@@ -29,6 +30,12 @@ logger = logging.getLogger("dask_nn")
 EVICT_S = 5.0
 # A worker that joins and does not reach its peers is asked again so much later.
 ASK_AGAIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Examination:
+    future: Future[WorkerFacts]
+    peers: frozenset[str]
 
 
 class Membership:
@@ -67,7 +74,7 @@ class Membership:
         self._facts = {worker.address: worker for worker in workers}
         self._changed = changed
         self._admission = Admission(client, checkpoint)
-        self._asked: dict[str, Future[WorkerFacts]] = {}
+        self._asked: dict[str, _Examination] = {}
         self._excluded: dict[str, str] = {}
         self._processes: dict[str, str] = {}
         self._evicted: set[str] = set()
@@ -86,8 +93,8 @@ class Membership:
 
     def __exit__(self, *_: object) -> None:
         """Stop listening."""
-        for future in self._asked.values():
-            future.cancel()
+        for examination in self._asked.values():
+            examination.future.cancel()
         for address in self._followed if self._client.status == "running" else ():
             with contextlib.suppress(Exception):  # what ended the run says more
                 self._client.unsubscribe_topic(address)
@@ -96,6 +103,11 @@ class Membership:
     def present(self) -> list[str]:
         """The workers that may be asked something."""
         return sorted(self._processes.keys() - self.removed)
+
+    @property
+    def known(self) -> Collection[str]:
+        """The workers that were looked at and fit, with those that are gone since."""
+        return self._facts.keys()
 
     def catch_up(self) -> set[str]:
         """Compare with the scheduler's own list: joined workers are only seen there.
@@ -121,11 +133,16 @@ class Membership:
             self._facts.pop(address, None)
             self._excluded.pop(address, None)
             if address in self._asked:
-                self._asked.pop(address).cancel()
+                self._asked.pop(address).future.cancel()
         # News of a worker that left may come when another is already at its address.
         late = (gone & present.keys()) - self._evicted - set(self.engaged)
         self.removed -= replaced | late
         self._evicted -= replaced
+        # Who joins when others die would try in vain to reach those, and be refused for it.
+        for address, examination in list(self._asked.items()):
+            if examination.peers & self.removed and not examination.future.done():
+                del self._asked[address]
+                examination.future.cancel()
         for address, process in present.items():
             if address not in self.engaged:
                 self._processes[address] = process
@@ -167,13 +184,15 @@ class Membership:
     def refused(self) -> dict[str, str]:
         """Look at the answers of workers that joined; give those that do not fit, with reasons."""
         refused = {}
-        for address, future in list(self._asked.items()):
-            if not future.done():
+        for address, examination in list(self._asked.items()):
+            if not examination.future.done():
                 continue
             del self._asked[address]
             try:
-                facts = future.result()
+                facts = examination.future.result()
             except ConnectionError as error:
+                if examination.peers & self.removed:
+                    continue  # asked once more, about those that are left
                 # Perhaps because a peer is about to be lost.
                 if address not in self._ask_again:
                     refused[address] = f"{error}"
@@ -216,6 +235,7 @@ class Membership:
         self._client.subscribe_topic(address, hear)
 
     def _look_at(self, address: str) -> None:
-        future = self._admission.examine(address, sorted(self.engaged))
-        self._asked[address] = future
+        peers = frozenset(self.engaged) - self.removed
+        future = self._admission.examine(address, sorted(peers))
+        self._asked[address] = _Examination(future, peers)
         future.add_done_callback(lambda _: self._changed.set())
