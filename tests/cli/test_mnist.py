@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from dask_nn.checkpoints.serialization import load_weights, weights_sha256
 from dask_nn.cli.main import nn
@@ -34,8 +34,13 @@ def group_is_gone(pid: int) -> bool:
     return False
 
 
+def run_here(*arguments: object) -> Result:
+    """Run the command in this process, whose imports are done."""
+    return CliRunner().invoke(nn, ["mnist", *map(str, arguments)])
+
+
 def refusal(*arguments: object) -> str:
-    result = CliRunner().invoke(nn, ["mnist", *map(str, arguments)])
+    result = run_here(*arguments)
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.stderr
@@ -68,15 +73,13 @@ def test_the_whole_job(run: Run, data_dir: Path, tmp_path: Path, temporary: Path
     assert not list(temporary.glob("dask*"))
 
 
-def test_a_saved_run_is_resumed_with_the_same_bits(
-    run: Run, data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_saved_run_is_resumed_with_the_same_bits(data_dir: Path, tmp_path: Path) -> None:
     def train(epochs: int, *more: object) -> str:
-        done = run(
-            "mnist", "--data-dir", data_dir, "--workers", 2, "--no-sequential", "--epochs", epochs,
+        done = run_here(
+            "--data-dir", data_dir, "--workers", 2, "--no-sequential", "--epochs", epochs,
             "--report", tmp_path, "--json", tmp_path / "numbers.json", *more,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.output
         numbers = json.loads((tmp_path / "numbers.json").read_text())
         return str(numbers["parallel"]["weights_sha256"])
 
@@ -86,17 +89,20 @@ def test_a_saved_run_is_resumed_with_the_same_bits(
         "--data-dir", data_dir, "--report", tmp_path, *saved
     )
     assert train(2, *saved, "--resume") == train(2)
+    shorter = refusal("--data-dir", data_dir, "--epochs", 1, *saved, "--resume")
+    assert "has come to epoch 2 already" in shorter
 
 
 def test_the_graph_engine_alone_on_a_running_cluster(
-    run: Run, cluster2: object, data_dir: Path, tmp_path: Path
+    cluster2: object, data_dir: Path, tmp_path: Path
 ) -> None:
-    done = run(
-        *("mnist", "--data-dir", data_dir, "--epochs", 1, "--batch-size", 500, "--engine", "graph"),
-        *("--no-sequential", "--scheduler", cluster2.scheduler_address, "--json", "r.json"),
+    done = run_here(
+        *("--data-dir", data_dir, "--epochs", 1, "--batch-size", 500, "--engine", "graph"),
+        *("--no-sequential", "--scheduler", cluster2.scheduler_address),
+        *("--report", tmp_path, "--json", tmp_path / "r.json"),
     )
     assert done.stderr == ""
-    assert done.returncode == 0
+    assert done.exit_code == 0
     values = json.loads((tmp_path / "r.json").read_text())
     assert values["sequential"] is values["speedup"] is None
     assert values["parallel"]["engine"] == "graph"
@@ -155,12 +161,11 @@ def test_an_interrupt_of_the_imports_ends_at_once(start: Start, tmp_path: Path) 
 
 
 def test_a_loss_that_explodes_keeps_the_last_good_weights(
-    run: Run, data_dir: Path, tmp_path: Path
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = run(
-        *("mnist", "--data-dir", data_dir, "--lr", 1e30, "--no-sequential", "--workers", 1),
-    )
-    assert done.returncode == 2
+    monkeypatch.chdir(tmp_path)
+    done = run_here("--data-dir", data_dir, "--lr", 1e30, "--no-sequential", "--workers", 1)
+    assert done.exit_code == 2
     assert "Error: the loss became" in done.stderr
     assert "at step" in done.stderr
     assert "--lr is 1e+30" in done.stderr
