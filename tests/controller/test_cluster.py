@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_a_worker_process_without_torch_is_named(tmp_path):
     preload = tmp_path / "hide_torch.py"
     preload.write_text(HIDE_TORCH)
     with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
         LocalCluster(
             n_workers=1, threads_per_worker=1, preload=[str(preload)], dashboard_address=":0"
         ) as cluster,
