@@ -144,6 +144,15 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
     async def explain(_: Any) -> str:
         return "\n".join(map(_told, await asyncio.to_thread(account.instances, TAG, token)))
 
+    async def lost(cluster: Any) -> set[Any]:
+        ended = {
+            instance["InstanceId"]
+            for instance in await asyncio.to_thread(account.instances, TAG, token)
+            if instance["State"]["Name"] in ENDED
+        }
+        machines = {name: worker.instance for name, worker in cluster.workers.items()}
+        return {name for name, one in machines.items() if one and one["InstanceId"] in ended}
+
     async def hopeless(_: Any) -> str:
         ended = [
             instance
@@ -163,6 +172,7 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
             request,
             lambda: NNEC2Cluster(scheduler, worker, **arguments),
             explain=explain,
+            lost=lost,
             hopeless=hopeless,
             close=end_all,
             close_timeout_s=END_TIMEOUT_S,

@@ -90,6 +90,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
             lambda: make_cluster(request, folder=folder, jobs=jobs, asynchronous=True),
             explain=jobs.explain,
             hopeless=jobs.hopeless,
+            lost=jobs.lost,
             close=lambda _: jobs.end_all(),
         ) as client:
             yield client
