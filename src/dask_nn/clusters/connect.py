@@ -98,7 +98,7 @@ def check_request(request: ClusterRequest) -> None:
             f'"tcp://10.0.0.5:8786"; got {address!r}'
         )
     asked = [name for name in request.options if name != "address"]
-    asked += [name for name in ("adapt", "memory", "walltime", "env") if getattr(request, name)]
+    asked += [name for name in ("adapt", "memory", "env") if getattr(request, name)]
     asked += ["cores"] * (request.cores != 1) + ["gpus"] * bool(request.gpus)
     if asked:
         raise ConfigurationError(

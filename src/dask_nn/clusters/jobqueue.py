@@ -9,7 +9,6 @@ import tempfile
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from distributed import Security
 from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.walltime import walltime_s
@@ -175,9 +175,8 @@ def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
     known -= {"self", "scheduler", "name", "loop", "asynchronous", "n_workers", "job_cls"}
     for name in request.options:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigurationError(f"{kind.__name__} has no option {name!r}; {hint}")
+            hint = nearest(name, sorted(known))
+            raise ConfigurationError(f"{kind.__name__} has no option {name!r}{hint}")
     if request.gpus and request.options.get("processes", 1) != 1:
         raise ConfigurationError(
             "processes= puts several workers into a job, which would see all GPUs of the job; "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dask
 from distributed import Security, SSHCluster
 
+from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.ssh_hosts import Host, check_hosts, remove_folder, send_certificates
@@ -86,9 +87,7 @@ def _hosts(request: ClusterRequest) -> list[Host]:
     """Give the scheduler's host, then those of the workers, with how to reach each."""
     for name in request.options:
         if name not in OPTIONS:
-            raise ConfigurationError(
-                f"SSHCluster has no option {name!r}; known are {', '.join(OPTIONS)}"
-            )
+            raise ConfigurationError(f"SSHCluster has no option {name!r}{nearest(name, OPTIONS)}")
     names: Any = request.options.get("hosts")
     if (
         not isinstance(names, list | tuple)
