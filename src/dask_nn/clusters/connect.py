@@ -74,7 +74,6 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If its workers are not there in time.
     """
-    check_request(request)
     address = str(request.options["address"])
     security = request.security if isinstance(request.security, Security) else None
     timeout_s = min(request.start_timeout_s, CONNECT_TIMEOUT_S)

@@ -77,7 +77,6 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If the batch system refuses the jobs, or they do not start in time; with what it says.
     """
-    check_request(request)
     # Jobs have the working directory in common with this process: their output, and their
     # certificates, must be where both see them.
     folder = Path(tempfile.mkdtemp(prefix=".dask-nn-jobs-", dir=Path.cwd()))

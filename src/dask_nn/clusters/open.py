@@ -125,11 +125,10 @@ def cluster(
 @contextmanager
 def open_request(request: ClusterRequest) -> Iterator[Client]:
     """Run the cluster that a request describes; see `cluster`."""
-    check_kind(request.kind)
+    check_request(request)
     if request.kind != "address":
         # A scheduler that runs already has its own certificates.
         request = request.with_certificates()
-    _check_walltime(request)
     with import_module(KINDS[request.kind]).open_cluster(request) as client:
         yield client
 

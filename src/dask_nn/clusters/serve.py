@@ -16,6 +16,7 @@ from distributed.deploy.adaptive import Adaptive
 
 from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in
 from dask_nn.clusters.quiet import quiet, quiet_distributed
+from dask_nn.clusters.reason import reason_of
 from dask_nn.clusters.replacement import Replacement
 from dask_nn.errors import ClusterError, DaskNNError
 
@@ -140,7 +141,9 @@ def _start_cluster(
     except DaskNNError:
         raise
     except Exception as error:
-        raise ClusterError(f"the {request.kind} cluster did not start: {_why(error)}") from error
+        raise ClusterError(
+            f"the {request.kind} cluster did not start: {reason_of(error)}"
+        ) from error
 
 
 async def _start(request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]) -> None:
@@ -219,7 +222,7 @@ async def _told(
         async with asyncio.timeout(20):
             return await ask(cluster)
     except Exception as error:
-        return _why(error) if errors else ""
+        return reason_of(error) if errors else ""
 
 
 def _too_late(request: ClusterRequest, what: str) -> ClusterError:
@@ -227,15 +230,6 @@ def _too_late(request: ClusterRequest, what: str) -> ClusterError:
         f"the {request.kind} cluster was not there within {request.start_timeout_s:g} s: {what}; "
         "wait longer (start_timeout_s=, --start-timeout), or ask for less"
     )
-
-
-def _why(error: BaseException) -> str:
-    """Give what an error says, of the errors behind it if it says nothing itself."""
-    seen = str(error).strip()
-    cause = error.__cause__ or error.__context__
-    if not seen and cause is not None:
-        return _why(cause)
-    return seen or type(error).__name__
 
 
 def _close(
@@ -249,7 +243,7 @@ def _close(
         try:
             see_through(closed, 2 * timeout_s + 5)
         except Exception as error:
-            logger.warning("the cluster %s was not closed cleanly: %s", cluster, _why(error))
+            logger.warning("the cluster %s was not closed cleanly: %s", cluster, reason_of(error))
 
 
 async def _closed(
