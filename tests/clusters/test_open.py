@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,32 @@ def test_a_local_cluster_scales_and_adapts() -> None:
         client.wait_for_workers(2, timeout=20)
     with dask_nn.cluster(adapt=(1, 2), **THREADS) as client:
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_processes_ends_the_block_as_ctrl_c_does(number: int) -> None:
+    clients = []
+
+    def interrupted() -> None:
+        with dask_nn.cluster(workers=1, **THREADS) as client:
+            clients.append(client)
+            assert callable(signal.getsignal(number))
+            signal.raise_signal(number)
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt, match="SIG"):
+        interrupted()
+    assert clients[0].status == "closed"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_signals_that_are_ignored_or_handled_stay_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with dask_nn.cluster(workers=1, **THREADS):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

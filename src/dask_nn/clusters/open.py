@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.clusters.hangups import heard_as_interrupts
 from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.request import START_TIMEOUT_S, ClusterRequest
 from dask_nn.errors import ConfigurationError
@@ -129,7 +130,8 @@ def open_request(request: ClusterRequest) -> Iterator[Client]:
     if request.kind != "address":
         # A scheduler that runs already has its own certificates.
         request = request.with_certificates()
-    with import_module(KINDS[request.kind]).open_cluster(request) as client:
+    opened = import_module(KINDS[request.kind]).open_cluster
+    with heard_as_interrupts(), opened(request) as client:
         yield client
 
 
