@@ -79,11 +79,15 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     """
     # Jobs have the working directory in common with this process: their output, and their
     # certificates, must be where both see them.
-    folder = Path(tempfile.mkdtemp(prefix=".dask-nn-jobs-", dir=Path.cwd()))
     try:
-        jobs = BatchJobs(
-            kind=request.kind, log_folder=Path(request.options.get("log_directory", folder))
-        )
+        folder = Path(tempfile.mkdtemp(prefix=".dask-nn-jobs-", dir=Path.cwd()))
+    except OSError as error:
+        raise ConfigurationError(
+            f"the jobs of a cluster need a folder in {Path.cwd()}, which cannot be made "
+            f"({error.strerror}); start where you may write, and which the nodes see too"
+        ) from error
+    try:
+        jobs = BatchJobs(kind=request.kind, log_folder=_log_folder(request, folder))
         with serve(
             request,
             lambda: make_cluster(request, folder=folder, jobs=jobs, asynchronous=True),
@@ -158,12 +162,30 @@ def make_cluster(
 def _dask_jobqueue(kind: str) -> Any:
     """Import dask-jobqueue, without its handler of Ctrl-C: that would end this process."""
     if threading.current_thread() is not threading.main_thread():
-        return import_optional("dask_jobqueue", "jobqueue", kind)
+        with _handlers_of_the_main_thread_alone():
+            return import_optional("dask_jobqueue", "jobqueue", kind)
     before = signal.getsignal(signal.SIGINT)
     try:
         return import_optional("dask_jobqueue", "jobqueue", kind)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
+def _handlers_of_the_main_thread_alone() -> Iterator[None]:
+    """Let other threads import what sets a handler of a signal, which is an error in them."""
+    plain: Any = signal.signal
+
+    def set_handler(number: Any, handler: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            return plain(number, handler)
+        return signal.getsignal(number)
+
+    signal.signal = set_handler  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = plain
 
 
 def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
@@ -196,7 +218,7 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     options["cores"] = request.cores * processes
     memory = request.memory or _configured(request.kind, "memory") or DEFAULT_MEMORY
     options["memory"] = format_bytes(parse_bytes(memory) * processes)
-    options.setdefault("log_directory", str(folder))
+    options["log_directory"] = str(_log_folder(request, folder))
     scheduler = options.get("scheduler_options")
     if scheduler is None:
         scheduler = _configured(request.kind, "scheduler-options") or {}
@@ -222,15 +244,31 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     return options
 
 
+def _log_folder(request: ClusterRequest, folder: Path) -> Path:
+    """Give the folder of the jobs' output: what was asked for, the site's, or one's own."""
+    asked = request.options.get("log_directory") or _configured(request.kind, "log-directory")
+    return Path(asked or folder)
+
+
 def _environment(request: ClusterRequest) -> list[str]:
     lines = [f"export {name}={_quoted(value)}" for name, value in request.env.items()]
-    walltime = request.walltime or _configured(request.kind, "walltime")
-    if walltime and request.kind != "htcondor":
-        seconds = walltime_s(request.kind, str(walltime))
+    if (seconds := _job_s(request)) is not None:
         lines.append(
             f'export {JOB_END_TIME}="${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds}))}}"'
         )
     return lines
+
+
+def _job_s(request: ClusterRequest) -> int | None:
+    """Give how long a job may run, where that is known."""
+    walltime = request.walltime or _configured(request.kind, "walltime")
+    if not walltime or request.kind == "htcondor":
+        return None
+    try:
+        return walltime_s(request.kind, str(walltime))
+    except ConfigurationError:
+        # What was asked for is checked; what a site has configured may be UNLIMITED.
+        return None
 
 
 def _quoted(value: str) -> str:
