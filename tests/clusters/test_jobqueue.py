@@ -116,9 +116,9 @@ def test_a_folder_that_takes_no_files_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_a_thread_can_be_the_first_to_import_dask_jobqueue() -> None:
     code = (
         "import signal, threading\n"
-        "from dask_nn.clusters.jobqueue import _dask_jobqueue\n"
+        "from dask_nn.clusters.jobqueue_import import import_dask_jobqueue\n"
         "found = []\n"
-        "thread = threading.Thread(target=lambda: found.append(_dask_jobqueue('slurm')))\n"
+        "thread = threading.Thread(target=lambda: found.append(import_dask_jobqueue('slurm')))\n"
         "thread.start(); thread.join()\n"
         "assert found[0].SLURMCluster\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"

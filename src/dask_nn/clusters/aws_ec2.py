@@ -145,13 +145,7 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
         return "\n".join(map(_told, await asyncio.to_thread(account.instances, TAG, token)))
 
     async def lost(cluster: Any) -> set[Any]:
-        ended = {
-            instance["InstanceId"]
-            for instance in await asyncio.to_thread(account.instances, TAG, token)
-            if instance["State"]["Name"] in ENDED
-        }
-        machines = {name: worker.instance for name, worker in cluster.workers.items()}
-        return {name for name, one in machines.items() if one and one["InstanceId"] in ended}
+        return ended_workers(cluster, await asyncio.to_thread(account.instances, TAG, token))
 
     async def hopeless(_: Any) -> str:
         ended = [
@@ -181,6 +175,13 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
     finally:
         # Also what was being made while the start was interrupted.
         _terminate(account, token)
+
+
+def ended_workers(cluster: Any, instances: list[dict[str, Any]]) -> set[Any]:
+    """Give the names of workers whose machines have ended."""
+    ended = {one["InstanceId"] for one in instances if one["State"]["Name"] in ENDED}
+    machines = {name: worker.instance for name, worker in cluster.workers.items()}
+    return {name for name, one in machines.items() if one and one["InstanceId"] in ended}
 
 
 def check_options(request: ClusterRequest) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-import signal
 import tempfile
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from distributed import Security
 from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.jobqueue_import import import_dask_jobqueue
 from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
@@ -110,7 +109,7 @@ def check_request(request: ClusterRequest) -> None:
         If not.
     """
     system = SYSTEMS[request.kind]
-    _check_options(request, getattr(_dask_jobqueue(request.kind), system.cluster))
+    _check_options(request, getattr(import_dask_jobqueue(request.kind), system.cluster))
     if shutil.which(system.submit) is None:
         raise ConfigurationError(
             f"cluster kind {request.kind!r} submits jobs with {system.submit}, which is not on "
@@ -148,7 +147,7 @@ def make_cluster(
     ConfigurationError
         If an option cannot work.
     """
-    module = _dask_jobqueue(request.kind)
+    module = import_dask_jobqueue(request.kind)
     kind = getattr(module, SYSTEMS[request.kind].cluster)
     _check_options(request, kind)
     options = _with_defaults(request, folder)
@@ -157,35 +156,6 @@ def make_cluster(
         return kind(job_cls=job_class, asynchronous=asynchronous, **options)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{SYSTEMS[request.kind].cluster}: {error}") from error
-
-
-def _dask_jobqueue(kind: str) -> Any:
-    """Import dask-jobqueue, without its handler of Ctrl-C: that would end this process."""
-    if threading.current_thread() is not threading.main_thread():
-        with _handlers_of_the_main_thread_alone():
-            return import_optional("dask_jobqueue", "jobqueue", kind)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        return import_optional("dask_jobqueue", "jobqueue", kind)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-
-
-@contextmanager
-def _handlers_of_the_main_thread_alone() -> Iterator[None]:
-    """Let other threads import what sets a handler of a signal, which is an error in them."""
-    plain: Any = signal.signal
-
-    def set_handler(number: Any, handler: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            return plain(number, handler)
-        return signal.getsignal(number)
-
-    signal.signal = set_handler  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        signal.signal = plain
 
 
 def _check_options(request: ClusterRequest, kind: type[Any]) -> None:

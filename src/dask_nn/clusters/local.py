@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
 import multiprocessing
 import shutil
@@ -18,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import cpu_count
-from distributed import Client, LocalCluster, Nanny, Worker
+from distributed import Client, LocalCluster
 
 from dask_nn.clusters.dashboard_port import free_or_any
-from dask_nn.clusters.graphics_cards import VISIBLE, visible_cards
-from dask_nn.clusters.known_names import nearest
+from dask_nn.clusters.graphics_cards import check_cards, give_a_card_to_each, visible_cards
+from dask_nn.clusters.local_options import check_request
 from dask_nn.clusters.loop import loop_blind_to_interrupts, start_in
 from dask_nn.clusters.quiet import quiet_distributed
 from dask_nn.clusters.reason import reason_of
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from distributed import Security
     from distributed.utils import LoopRunner
@@ -47,12 +46,6 @@ FEW_WAKE_UPS = {
 # So long after a worker was lost, a local cluster looks whether it is there, and ends its nanny
 # if not, even if a second loss has just happened that the nanny is about to mend.
 PATIENT_WITH_NANNIES = {"distributed.deploy.lost-worker-timeout": "1 day"}
-# Chosen by what is asked of every kind of cluster, or by this module.
-OF_THE_REQUEST = {
-    *("self", "args", "kwargs", "worker_kwargs", "n_workers", "threads_per_worker", "nthreads"),
-    *("security", "env", "preload", "local_directory", "silence_logs", "asynchronous", "loop"),
-    *("start", "ip", "workers", "worker", "scheduler", "scheduler_ip", "scheduler_file"),
-}
 
 
 def available_cores() -> int:
@@ -129,7 +122,7 @@ def local_cluster(
             message = f"{name} must be at least 1, got {count}"
             raise ConfigurationError(message)
     if gpus:
-        _check_cards(workers, cards)
+        check_cards(workers, cards)
 
     deadline = time.monotonic() + start_timeout_s
     before = frozenset(child.pid for child in multiprocessing.active_children())
@@ -144,7 +137,7 @@ def local_cluster(
         with warnings.catch_warnings(), dask.config.set(FEW_WAKE_UPS):
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
             warnings.filterwarnings("ignore", message="Port .* is already in use")
-            cluster = start_in(
+            making = start_in(
                 runner,
                 _make(
                     n_workers=workers,
@@ -164,10 +157,14 @@ def local_cluster(
                     **({"env": dict(env)} if processes and env else {}),
                     **options,
                 ),
-            ).result()
+            )
+            try:
+                cluster = making.result()
+            except (TypeError, ValueError) as error:
+                raise ConfigurationError(f"the local cluster cannot be made: {error}") from error
             stack.push(partial(_close, runner, cluster, before, close_timeout_s))
             if gpus:
-                _give_a_gpu_to_each(cluster, cards)
+                give_a_card_to_each(cluster, cards)
             started = start_in(runner, _started(cluster))
             try:
                 started.result(start_timeout_s)
@@ -214,65 +211,6 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
             cluster: Any = client.cluster
             cluster.adapt(minimum=request.adapt[0], maximum=request.adapt[1])
         yield client
-
-
-def check_request(request: ClusterRequest) -> None:
-    """Check the options, before anything starts.
-
-    Raises
-    ------
-    ConfigurationError
-        If one is unknown, needs processes where workers are threads, or asks for more GPUs than
-        there are.
-    """
-    worker_class = request.options.get("worker_class")
-    known = {"close_timeout_s"}
-    for kind in (LocalCluster, Nanny, Worker, *filter(inspect.isclass, [worker_class])):
-        for part in kind.__mro__:
-            if (made_with := vars(part).get("__init__")) is not None:
-                known |= set(inspect.signature(made_with).parameters)
-    known -= OF_THE_REQUEST
-    for name in request.options:
-        if name not in known:
-            hint = nearest(name, sorted(known), listed=False)
-            raise ConfigurationError(f"LocalCluster and its workers have no option {name!r}{hint}")
-    if request.options.get("processes") is False:
-        for name in ("env", "gpus"):
-            if getattr(request, name):
-                raise ConfigurationError(
-                    f"{name} needs workers in processes of their own, and processes=False makes "
-                    "them threads of this process; leave either out"
-                )
-    if request.gpus:
-        most = request.adapt[1] if request.adapt else request.workers
-        _check_cards(most or 1, visible_cards())
-
-
-def _check_cards(workers: int, cards: list[str]) -> None:
-    if workers > len(cards):
-        raise ConfigurationError(
-            f"{workers} workers with a GPU each need as many GPUs, and this process may use "
-            f"{len(cards)} ({VISIBLE}={','.join(cards)}); ask for fewer workers"
-        )
-
-
-def _give_a_gpu_to_each(cluster: Any, cards: list[str]) -> None:
-    """Give each worker a card that no other has, also those that are added later."""
-    plain: Callable[[], dict[Any, Any]] = cluster.new_worker_spec
-
-    def new_worker_spec() -> dict[Any, Any]:
-        given = [spec["options"]["env"][VISIBLE] for spec in cluster.worker_spec.values()]
-        _check_cards(len(given) + 1, cards)
-        [(name, spec)] = plain().items()
-        card = next(card for card in cards if card not in given)
-        env = {**spec["options"].get("env", {}), VISIBLE: card}
-        return {name: {**spec, "options": {**spec["options"], "env": env}}}
-
-    count = len(cluster.worker_spec)
-    cluster.worker_spec = {}
-    cluster.new_worker_spec = new_worker_spec
-    for _ in range(count):
-        cluster.worker_spec.update(new_worker_spec())
 
 
 def _too_late(timeout_s: float) -> ClusterError:
