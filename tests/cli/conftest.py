@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+
+from dask_nn.clusters import open as open_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which the command finds room for temporary files."""
     return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test in which a cluster is started."""
+
+    def opened(_: Any) -> NoReturn:
+        pytest.fail("a cluster was started")
+
+    monkeypatch.setattr(open_module, "open_request", opened)
 
 
 def hear_interrupts() -> None:

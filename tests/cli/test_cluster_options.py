@@ -35,6 +35,7 @@ def test_a_cluster_is_described_by_options() -> None:
         *("--walltime", "02:00:00", "--gpus", "1", "--tls", "--cluster-option", "queue=gpu"),
         *("--cluster-option", "processes=2", "--cluster-option", 'hosts=["a", "b"]'),
         *("--cluster-option", "port = 2222", "--cluster-option", "when=a=b"),
+        *("--env", "GREETING=it's = me", "--env", "EMPTY=", "--start-timeout", "86400"),
     )
     assert chosen(*arguments) == ClusterChoice(
         kind="slurm",
@@ -45,6 +46,8 @@ def test_a_cluster_is_described_by_options() -> None:
             "walltime": "02:00:00",
             "gpus": 1,
             "security": True,
+            "env": {"GREETING": "it's = me", "EMPTY": ""},
+            "start_timeout_s": 86400.0,
         },
         options={
             "queue": "gpu",
@@ -65,6 +68,10 @@ def test_a_scheduler_is_short_for_an_address() -> None:
     choice = chosen("--scheduler", "tcp://10.0.0.5:8786")
     assert choice is not None
     assert (choice.kind, choice.options) == ("address", {"address": "tcp://10.0.0.5:8786"})
+    assert choice.arguments == {"start_timeout_s": 5}
+    choice = chosen("--scheduler", "tcp://10.0.0.5:8786", "--start-timeout", "60")
+    assert choice is not None
+    assert choice.arguments == {"start_timeout_s": 60}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,7 @@ def test_a_scheduler_is_short_for_an_address() -> None:
     [
         (("--scheduler", "tcp://a:1", "--workers", "2"), "give either"),
         (("--cluster", "slurm", "--cluster-option", "queue"), "KEY=VALUE"),
+        (("--cluster", "slurm", "--env", "queue"), "NAME=VALUE"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

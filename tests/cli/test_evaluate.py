@@ -48,8 +48,10 @@ def test_on_a_cluster_it_prints_the_same(
     assert there.stdout == here.stdout
 
 
-def test_a_missing_file_of_weights_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(nn, ["evaluate", "--weights", str(tmp_path / "none")])
+@pytest.mark.usefixtures("no_cluster")
+def test_a_missing_file_of_weights_is_one_line_before_a_cluster_starts(tmp_path: Path) -> None:
+    arguments = ["evaluate", "--weights", str(tmp_path / "none"), "--workers", "2"]
+    result = CliRunner().invoke(nn, arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"Error: {tmp_path / 'none'}: no such file")
     assert result.stderr.count("\n") == 1

@@ -10,7 +10,9 @@ from click.testing import CliRunner
 import dask_nn
 from dask_nn.cli.main import nn
 from dask_nn.errors import (
+    ClusterError,
     CollectiveTimeout,
+    ConfigurationError,
     DataError,
     NonFiniteLoss,
     SchedulerUnreachable,
@@ -55,7 +57,9 @@ def test_the_version_is_that_of_the_package() -> None:
     ("error", "code"),
     [
         (DataError("images: truncated"), 2),
-        (SchedulerUnreachable("no answer"), 2),
+        (ConfigurationError("unknown kind of cluster"), 2),
+        (SchedulerUnreachable("no answer"), 1),
+        (ClusterError("1 of 2 workers came"), 1),
         (NonFiniteLoss(float("nan"), 3, 0), 2),
         (WorkerLost("tcp://10.0.0.5:1", 1), 1),
         (CollectiveTimeout("rank 1 did not come"), 1),

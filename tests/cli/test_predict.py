@@ -102,6 +102,22 @@ def test_an_archive_of_arrays_is_refused(weights: Path, source: Path, tmp_path: 
     assert "pickle" not in result.stderr
 
 
+@pytest.mark.usefixtures("no_cluster")
+def test_weights_and_data_are_looked_at_before_a_cluster_starts(
+    weights: Path, source: Path, tmp_path: Path
+) -> None:
+    asked = (tmp_path / "labels.npy", "--workers", "2")
+    assert "images.npy: no such file" in invoke(weights, source, *asked).stderr
+    np.save(source, IMAGES)
+    assert "none: no such file" in invoke(tmp_path / "none", source, *asked).stderr
+    assert (
+        "dashbord_address"
+        in invoke(
+            tmp_path / "none", source, *asked, "--cluster-option", "dashbord_address=:0"
+        ).stderr
+    )
+
+
 def test_missing_files_and_folders_are_named(weights: Path, source: Path, tmp_path: Path) -> None:
     assert "images.npy: no such file" in invoke(weights, source, tmp_path / "labels.npy").stderr
     np.save(source, IMAGES)

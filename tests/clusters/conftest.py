@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,25 @@ class Queue:
                 return False
             time.sleep(0.1)
         return True
+
+    def next_job(self, known: set[str], timeout_s: float = 60) -> str:
+        """Wait for a job beside those that are known."""
+        deadline = time.monotonic() + timeout_s
+        while not (others := set(self.jobs()) - known):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (other,) = others
+        return other
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let jobs wait for the length of a block; those that run go on."""
+        partition = ["scontrol", "update", "PartitionName=debug"]
+        subprocess.run([*partition, "State=DOWN"], timeout=30, check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*partition, "State=UP"], timeout=30, check=True)
 
     def cancel(self, number: str) -> None:
         """End a job."""

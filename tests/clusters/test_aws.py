@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import aws_machines
@@ -20,7 +21,13 @@ from moto.server import ThreadedMotoServer
 
 import dask_nn
 from dask_nn.clusters.aws_account import InstanceType
-from dask_nn.clusters.aws_ec2 import NamedWorker, NNEC2Cluster, check_machine, ec2_arguments
+from dask_nn.clusters.aws_ec2 import (
+    NamedWorker,
+    NNEC2Cluster,
+    check_machine,
+    ec2_arguments,
+    ended_workers,
+)
 from dask_nn.clusters.aws_fargate import fargate_arguments, fargate_size
 from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ClusterError, ConfigurationError
@@ -317,3 +324,11 @@ def test_training_on_fargate_gives_the_bits_of_local_training_and_leaves_nothing
         assert overrides["command"][-2:] == ["--preload", "torch"]
         assert task["task"]["launchType"] == "FARGATE"
     assert said["left"] == {"clusters": [], "definitions": [], "roles": [], "groups": []}
+
+
+def test_workers_are_lost_whose_machines_ended():
+    machines = {0: {"InstanceId": "i-0"}, 1: {"InstanceId": "i-1"}, 2: None}
+    workers = {name: SimpleNamespace(instance=one) for name, one in machines.items()}
+    states = {"i-0": "running", "i-1": "terminated"}
+    instances = [{"InstanceId": one, "State": {"Name": state}} for one, state in states.items()]
+    assert ended_workers(SimpleNamespace(workers=workers), instances) == {1}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import dask
 import pytest
 from distributed import Security
 
+from dask_nn.clusters import jobqueue
 from dask_nn.clusters.jobqueue import SYSTEMS, check_request, make_cluster
 from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ConfigurationError
@@ -89,6 +92,38 @@ def test_options_of_the_library_and_of_the_site_are_kept(tmp_path: Path) -> None
     assert "#SBATCH --exclusive" in text
     assert "--lifetime 1h --preload torch" in text
     assert "\nmodule load cuda\n" in text
+
+
+def test_what_the_site_has_configured_holds_and_need_not_be_understood(tmp_path: Path) -> None:
+    site = {"walltime": "UNLIMITED", "log-directory": str(tmp_path / "logs")}
+    with dask.config.set({f"jobqueue.slurm.{name}": value for name, value in site.items()}):
+        text = script("slurm", tmp_path / "hidden")
+    assert "#SBATCH -t UNLIMITED" in text
+    assert f"#SBATCH -o {tmp_path / 'logs'}/" in text
+    assert "DASK_NN_JOB_END_TIME" not in text
+
+
+def test_a_folder_that_takes_no_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/proc")
+    request = ClusterRequest(kind="slurm", workers=1)
+    with (
+        pytest.raises(ConfigurationError, match=r"need a folder in /proc.*start where you"),
+        jobqueue.open_cluster(request),
+    ):
+        pass
+
+
+def test_a_thread_can_be_the_first_to_import_dask_jobqueue() -> None:
+    code = (
+        "import signal, threading\n"
+        "from dask_nn.clusters.jobqueue_import import import_dask_jobqueue\n"
+        "found = []\n"
+        "thread = threading.Thread(target=lambda: found.append(import_dask_jobqueue('slurm')))\n"
+        "thread.start(); thread.join()\n"
+        "assert found[0].SLURMCluster\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_several_workers_can_share_a_job(tmp_path: Path) -> None:

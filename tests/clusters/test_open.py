@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import dask_nn
-from dask_nn.clusters.open import KINDS
+from dask_nn.clusters.open import KINDS, check_request
+from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
-    from distributed import LocalCluster
+    from pathlib import Path
+
+    from distributed import Client, LocalCluster
 
 THREADS = {"processes": False, "dashboard_address": ":0"}
 
@@ -69,6 +74,32 @@ def test_a_local_cluster_scales_and_adapts() -> None:
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_processes_ends_the_block_as_ctrl_c_does(number: int) -> None:
+    clients = []
+
+    def interrupted() -> None:
+        with dask_nn.cluster(workers=1, **THREADS) as client:
+            clients.append(client)
+            assert callable(signal.getsignal(number))
+            signal.raise_signal(number)
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt, match="SIG"):
+        interrupted()
+    assert clients[0].status == "closed"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_signals_that_are_ignored_or_handled_stay_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with dask_nn.cluster(workers=1, **THREADS):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
 def test_a_local_cluster_trains_with_tls(small_job, small_sha256: str) -> None:
     with dask_nn.cluster(workers=2, security=True, dashboard_address=":0") as client:
@@ -84,16 +115,85 @@ def test_environment_variables_and_memory_reach_local_workers() -> None:
         assert worker["memory_limit"] == 10**9
 
 
-def test_local_workers_see_one_gpu_each() -> None:
-    options = {"preload": (), "dashboard_address": ":0"}
-    with dask_nn.cluster(workers=2, gpus=1, **options) as client:
-        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
-    assert sorted(seen.values()) == ["0", "1"]
+def test_local_workers_see_one_gpu_each_of_those_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with dask_nn.cluster(gpus=1, preload=(), dashboard_address=":0") as client:
+        assert sorted(cards_of(client, 2)) == ["4", "5"]
+        with pytest.raises(ConfigurationError, match="3 workers with a GPU each"):
+            client.cluster.scale(3)
+        client.cluster.scale(1)
+        assert len(cards_of(client, 1)) == 1
+        client.cluster.scale(2)
+        assert sorted(cards_of(client, 2)) == ["4", "5"]
 
 
-def test_an_option_that_a_local_cluster_does_not_know_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="qeue"):
-        opened("local", workers=1, qeue="debug", **THREADS)
+def cards_of(client: Client, count: int) -> list[str]:
+    """Wait until there are so many workers, and say what they see."""
+    deadline = time.monotonic() + 30
+    while len(client.scheduler_info(n_workers=-1)["workers"]) != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return list(client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).values())
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "message"),
+    [
+        ({}, {"dashbord_address": ":0"}, "'dashbord_address'; did you mean 'dashboard_address'"),
+        ({}, {"qeue": "debug"}, "no option 'qeue'"),
+        ({"env": {"GREETING": "hello"}}, {"processes": False}, "env needs workers in processes"),
+        ({"workers": 3, "gpus": 1}, {}, r"may use 2 \(CUDA_VISIBLE_DEVICES=4,5\)"),
+        ({"adapt": (1, 3), "gpus": 1}, {}, "may use 2"),
+        ({"walltime": "01:00:00"}, {}, "'local' is none; leave it out"),
+    ],
+)
+def test_what_a_local_cluster_cannot_do_is_refused_before_it_starts(
+    asked: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,-1,6")
+    with pytest.raises(ConfigurationError, match=message):
+        check_request(ClusterRequest(kind="local", **asked, options=options))
+    with pytest.raises(ConfigurationError, match=message):
+        opened("local", **asked, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("ssh", "leave it out"), ("kubernetes", "activeDeadlineSeconds"), ("aws", "idle_timeout")],
+)
+def test_a_walltime_is_refused_where_no_batch_system_is(kind: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"'{kind}' is none; .*{words}"):
+        opened(kind, walltime="01:00:00")
+
+
+def test_workers_that_are_threads_are_preloaded_too(tmp_path: Path) -> None:
+    path = tmp_path / "greeting.py"
+    path.write_text("def dask_setup(worker): worker.greeting = 'hello'\n")
+    with dask_nn.cluster(workers=1, preload=(str(path),), **THREADS) as client:
+        greetings = client.run(lambda dask_worker: dask_worker.greeting)
+    assert list(greetings.values()) == ["hello"]
+
+
+def test_a_local_cluster_that_takes_too_long_is_an_error_and_gone(tmp_path: Path) -> None:
+    path = tmp_path / "sleepy.py"
+    path.write_text("import time\ntime.sleep(60)\n")
+    options = {"preload": (str(path),), "dashboard_address": ":0"}
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match="was not there within 1 s"):
+        opened("local", workers=1, start_timeout_s=1, **options)
+    assert time.monotonic() - start < 15
+
+
+def test_what_keeps_a_local_worker_from_starting_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("raise OSError('no licence for this library')\n")
+    with pytest.raises(ClusterError, match=r"did not start: .*no licence for this library"):
+        opened("local", workers=1, preload=(str(path),), dashboard_address=":0")
 
 
 def test_a_running_cluster_is_used_by_its_address(threads_cluster2: LocalCluster) -> None:

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import pytest
 
 import dask_nn
 from dask_nn.callbacks.base import Callback
+from dask_nn.clusters import replacement
 from dask_nn.errors import ClusterError, ConfigurationError
 from dask_nn.examples.mnist.compare import Job, train_parallel
 from dask_nn.examples.mnist.data import load
@@ -124,8 +126,14 @@ def test_a_job_ended_in_mid_epoch_is_replaced_and_the_bits_are_equal(
     assert queue.becomes_empty()
 
 
-def test_it_adapts_and_scales(queue, in_folder: Path) -> None:
-    with dask_nn.cluster("slurm", adapt=(1, 2), preload=(), **SMALL) as client:
+def test_it_adapts_and_scales_and_replaces_a_job_that_brought_no_worker(
+    queue, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replacement, "ASK_EVERY_S", 1.0)
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}),
+        dask_nn.cluster("slurm", adapt=(1, 2), preload=(), **SMALL) as client,
+    ):
         assert len(queue.jobs()) == 1
         busy = client.map(lambda _: time.sleep(0.5), range(80), pure=False)
         client.wait_for_workers(2, timeout=60)
@@ -135,6 +143,14 @@ def test_it_adapts_and_scales(queue, in_folder: Path) -> None:
         while len(client.scheduler_info(n_workers=-1)["workers"]) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        with queue.paused():
+            (first,) = client.run(lambda: os.environ["SLURM_JOB_ID"]).values()
+            queue.cancel(first)
+            second = queue.next_job({first})
+            queue.cancel(second)
+            third = queue.next_job({first, second})
+        client.wait_for_workers(1, timeout=60)
+        assert set(client.run(lambda: os.environ["SLURM_JOB_ID"]).values()) == {third}
     assert queue.becomes_empty()
 
 

@@ -119,6 +119,19 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--gpus", type=click.IntRange(0, 1), help="GPUs of each worker."),
             click.option("--tls", is_flag=True, help="Encrypt with temporary certificates."),
             click.option(
+                "--env",
+                metavar="NAME=VALUE",
+                multiple=True,
+                help="Environment variable of the workers. May be repeated.",
+            ),
+            click.option(
+                "--start-timeout",
+                "start_timeout_s",
+                metavar="SECONDS",
+                type=click.FloatRange(min=0, min_open=True),
+                help="How long to wait for the workers.  [default: 600]",
+            ),
+            click.option(
                 "--cluster-option",
                 "cluster_settings",
                 metavar="KEY=VALUE",
@@ -145,6 +158,8 @@ def choose_cluster(
     threads_per_worker: int | None = None,
     adapt: tuple[int, int] | None = None,
     tls: bool = False,
+    env: tuple[str, ...] = (),
+    start_timeout_s: float | None = None,
     **arguments: Any,
 ) -> ClusterChoice | None:
     """Turn a command line's options into a choice, or None if nothing was said.
@@ -163,6 +178,8 @@ def choose_cluster(
         given["adapt"] = tuple(adapt)
     if tls:
         given["security"] = True
+    if env:
+        given["env"] = dict(map(_variable, env))
     options = dict(map(_parsed, cluster_settings))
     if scheduler is not None:
         if cluster_kind is not None or given or options:
@@ -170,7 +187,9 @@ def choose_cluster(
                 "--scheduler uses a running cluster; --cluster, --workers, --threads-per-worker "
                 "and the like start one: give either"
             )
-        return _address(scheduler)
+        return _address(scheduler, start_timeout_s or CONNECT_TIMEOUT_S)
+    if start_timeout_s is not None:
+        given["start_timeout_s"] = start_timeout_s
     if cluster_kind is None and not given and not options:
         return None
     return ClusterChoice(kind=cluster_kind or "local", arguments=given, options=options)
@@ -223,12 +242,19 @@ def from_table(table: dict[str, Any], where: str) -> ClusterChoice:
     return choice
 
 
-def _address(scheduler: str) -> ClusterChoice:
+def _address(scheduler: str, timeout_s: float = CONNECT_TIMEOUT_S) -> ClusterChoice:
     return ClusterChoice(
         kind="address",
-        arguments={"start_timeout_s": CONNECT_TIMEOUT_S},
+        arguments={"start_timeout_s": timeout_s},
         options={"address": scheduler},
     )
+
+
+def _variable(setting: str) -> tuple[str, str]:
+    name, equals, value = setting.partition("=")
+    if not (equals and name.isidentifier()):
+        raise click.UsageError(f"--env must be NAME=VALUE, such as LANG=C, got {setting!r}")
+    return name, value
 
 
 def _parsed(setting: str) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,11 @@ from dask_nn.cli.job_file import read_job
 from dask_nn.cli.trained import cluster_of_job
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from distributed import Client
 
+    from dask_nn.cli.cluster_options import ClusterChoice
     from dask_nn.cli.job_file import JobFile
 
 __all__ = ["evaluate"]
@@ -60,8 +64,6 @@ def evaluate(
     **cluster: Any,
 ) -> None:
     """Test saved weights and print loss and metrics."""
-    from contextlib import nullcontext
-
     if (data == "mnist") == (job is not None):
         raise click.UsageError("--data URL and --job belong together; MNIST needs neither")
     read = None if job is None else read_job(job)
@@ -69,14 +71,19 @@ def evaluate(
     with ending_at_once():
         import dask_nn.api  # noqa: F401 - torch takes its time
 
-    with chosen.open(PRELOAD) if chosen else nullcontext() as connected:
-        if read is None:
-            _evaluate_mnist(weights, data_dir, connected)
-        else:
-            _evaluate_job(weights, data, target, read, connected)
+    if chosen is not None:
+        chosen.check()
+    if read is None:
+        _evaluate_mnist(weights, data_dir, chosen)
+    else:
+        _evaluate_job(weights, data, target, read, chosen)
 
 
-def _evaluate_mnist(weights: Path, data_dir: Path | None, client: Client | None) -> None:
+def _client(chosen: ClusterChoice | None) -> AbstractContextManager[Client | None]:
+    return nullcontext() if chosen is None else chosen.open(PRELOAD)
+
+
+def _evaluate_mnist(weights: Path, data_dir: Path | None, chosen: ClusterChoice | None) -> None:
     from dask_nn.checkpoints.serialization import load_weights
     from dask_nn.examples.mnist.compare import score
     from dask_nn.examples.mnist.data import load
@@ -86,13 +93,14 @@ def _evaluate_mnist(weights: Path, data_dir: Path | None, client: Client | None)
     dataset = load(data_dir)
     if dataset.note:
         click.echo(f"Note: {dataset.note}", err=True)
-    scores = score(model, dataset.digits, client)
+    with _client(chosen) as client:
+        scores = score(model, dataset.digits, client)
     click.echo(f"dataset   {dataset.name}, {len(dataset.digits.test_labels):,} test images")
     _print(scores)
 
 
 def _evaluate_job(
-    weights: Path, url: str, target: str | None, job: JobFile, client: Client | None
+    weights: Path, url: str, target: str | None, job: JobFile, chosen: ClusterChoice | None
 ) -> None:
     from dask_nn.api import evaluate as evaluate_rows
     from dask_nn.cli.job_data import open_test
@@ -100,16 +108,13 @@ def _evaluate_job(
 
     model = load_model(job, weights)
     X, y, weight = open_test(job, url, target)
-    scores = evaluate_rows(
-        model,
-        X,
-        y,
-        sample_weight=weight,
-        loss=job.make_loss(),
-        metrics=job.training.get("metrics", ()),
-        transform=job.transform(),
-        client=client,
-    )
+    options = {
+        "loss": job.make_loss(),
+        "metrics": job.training.get("metrics", ()),
+        "transform": job.transform(),
+    }
+    with _client(chosen) as client:
+        scores = evaluate_rows(model, X, y, sample_weight=weight, client=client, **options)
     _print(scores)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.cli.job_keys import OPEN_SECTIONS, REQUIRED, SECTIONS, TYPES
 from dask_nn.cli.user_code import import_module
+from dask_nn.clusters.known_names import nearest
 from dask_nn.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class JobFile:
             module_name, attribute = home, name
         module = self._module(section, module_name)
         if not hasattr(module, attribute):
-            hint = _nearest(attribute, [known for known in dir(module) if known[:1] != "_"])
+            public = [known for known in dir(module) if known[:1] != "_"]
+            hint = nearest(attribute, public, listed=len(public) < 20)
             raise self._error(section, f"{module_name} has no {attribute!r}{hint}")
         found = getattr(module, attribute)
         if not callable(found):
@@ -189,7 +190,7 @@ def _check_keys(path: Path, section: str, table: Mapping[str, Any], known: Itera
         if key not in known:
             where = f"[{section}] " if section else ""
             what = "key" if section else "table"
-            message = f"{path}: {where}unknown {what} {key!r}{_nearest(key, known)}"
+            message = f"{path}: {where}unknown {what} {key!r}{nearest(key, known)}"
             raise ConfigurationError(message)
 
 
@@ -202,10 +203,3 @@ def _check_types(path: Path, section: str, table: Mapping[str, Any]) -> None:
 
 
 _TOML_NAMES: dict[Any, str] = {str: "text", list: "an array", dict: "a table"}
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(known)}" if len(known) < 20 else ""

@@ -13,7 +13,13 @@ from dask_nn.cli.interrupts import EXIT_INTERRUPTED
 from dask_nn.cli.mnist import mnist
 from dask_nn.cli.predict import predict
 from dask_nn.cli.train import train
-from dask_nn.errors import CollectiveError, DaskNNError, NonFiniteLoss, TrainingError
+from dask_nn.errors import (
+    ClusterError,
+    CollectiveError,
+    DaskNNError,
+    NonFiniteLoss,
+    TrainingError,
+)
 
 __all__ = ["main", "nn"]
 
@@ -35,7 +41,7 @@ class _Group(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             # A loss that is no number comes of the options, as other bad input does.
-            failed = isinstance(error, (TrainingError, CollectiveError))
+            failed = isinstance(error, (ClusterError, TrainingError, CollectiveError))
             bad_input = isinstance(error, NonFiniteLoss) or not failed
             ctx.exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
 

@@ -77,11 +77,13 @@ def predict(
     chosen = choose_cluster(**cluster) or cluster_of_job(read_of)
     kind, place = check_target(target)
     output: Any = "proba" if proba else "raw" if raw else "label"
+    if chosen is not None:
+        chosen.check()
+    model, data, transform = (
+        _of_job(read_of, weights, source) if read_of else _of_mnist(weights, source)
+    )
     try:
         with chosen.open(PRELOAD) if chosen else nullcontext():
-            model, data, transform = (
-                _of_job(read_of, weights, source) if read_of else _of_mnist(weights, source)
-            )
             if kind == "zarr":
                 data = rows_of_known_length(data)
             found = predict_rows(model, data, output=output, transform=transform)

@@ -69,11 +69,6 @@ def check_request(request: ClusterRequest) -> None:
         raise ConfigurationError(
             f'service must be "ec2" (virtual machines) or "fargate" (containers), got {name!r}'
         )
-    if request.walltime:
-        raise ConfigurationError(
-            "walltime is a limit of batch systems; machines at AWS end with the cluster, or when "
-            "they had nothing to do for the scheduler's idle_timeout"
-        )
     protocol = request.options.get("protocol")
     if protocol not in {None, "tls", "tcp"}:
         raise ConfigurationError(f'protocol must be "tls" or "tcp", got {protocol!r}')

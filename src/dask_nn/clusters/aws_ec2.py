@@ -144,6 +144,9 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
     async def explain(_: Any) -> str:
         return "\n".join(map(_told, await asyncio.to_thread(account.instances, TAG, token)))
 
+    async def lost(cluster: Any) -> set[Any]:
+        return ended_workers(cluster, await asyncio.to_thread(account.instances, TAG, token))
+
     async def hopeless(_: Any) -> str:
         ended = [
             instance
@@ -163,6 +166,7 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
             request,
             lambda: NNEC2Cluster(scheduler, worker, **arguments),
             explain=explain,
+            lost=lost,
             hopeless=hopeless,
             close=end_all,
             close_timeout_s=END_TIMEOUT_S,
@@ -171,6 +175,13 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
     finally:
         # Also what was being made while the start was interrupted.
         _terminate(account, token)
+
+
+def ended_workers(cluster: Any, instances: list[dict[str, Any]]) -> set[Any]:
+    """Give the names of workers whose machines have ended."""
+    ended = {one["InstanceId"] for one in instances if one["State"]["Name"] in ENDED}
+    machines = {name: worker.instance for name, worker in cluster.workers.items()}
+    return {name for name, one in machines.items() if one and one["InstanceId"] in ended}
 
 
 def check_options(request: ClusterRequest) -> None:

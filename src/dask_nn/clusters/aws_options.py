@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.clusters.known_names import nearest
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,6 +45,5 @@ def check_known(
     known -= {"self", "args", "kwargs", *OF_THE_REQUEST, *taken} - set(own)
     for name in options:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigurationError(f"{kind.__name__} has no option {name!r}; {hint}")
+            hint = nearest(name, sorted(known))
+            raise ConfigurationError(f"{kind.__name__} has no option {name!r}{hint}")

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.core import Status
 
+from dask_nn.clusters.slurm_queue import has_ended, is_ending, job_states, waits_for_ever
+from dask_nn.errors import ClusterError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["BatchJobs"]
 
-SLURM_ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "TIMEOUT",
-}
-# Why a job waits that will wait for ever: it asks for what the partition or account cannot give.
-SLURM_NEVER = {
-    "BadConstraints",
-    "InvalidAccount",
-    "InvalidQOS",
-    "PartitionConfig",
-    "PartitionNodeLimit",
-    "PartitionTimeLimit",
-}
+logger = logging.getLogger(__name__)
+
 LOG_TAIL_LINES = 15
-COMMAND_TIMEOUT_S = 15.0
+GONE = "gone"
 
 
 @dataclass(kw_only=True)
@@ -55,10 +41,12 @@ class BatchJobs:
     kind: str
     log_folder: Path
     jobs: dict[str, Any] = field(default_factory=dict)
+    _submitted: set[str] = field(default_factory=set, init=False)
+    _missed: set[str] = field(default_factory=set, init=False)
 
     def recorded(self, job_class: type[Any]) -> type[Any]:
         """Give a class of jobs that are noted here while they may exist."""
-        noted = self.jobs
+        noted, submitted = self.jobs, self._submitted
 
         class RecordedJob(job_class):  # type: ignore[misc]
             async def start(self) -> None:
@@ -72,6 +60,7 @@ class BatchJobs:
                     self.status = Status.failed
                     raise
                 noted[self.job_id] = self
+                submitted.add(self.job_id)
 
             async def close(self) -> None:
                 await super().close()
@@ -85,26 +74,44 @@ class BatchJobs:
         """End what is left, such as jobs that were submitted while the cluster closed."""
         left = list(self.jobs.values())
         await asyncio.gather(*(job.close() for job in left), return_exceptions=True)
+        if self.kind != "slurm":
+            return
+        # What scancel itself says is lost in dask-jobqueue.
+        try:
+            states = await job_states(self._submitted)
+        except ClusterError as error:
+            logger.warning(
+                "it is not known whether jobs %s have ended: %s", ", ".join(self._submitted), error
+            )
+            return
+        remain = [number for number, state in states.items() if not is_ending(state)]
+        if remain:
+            logger.warning(
+                "jobs that are still in the queue: %s; end them with: scancel %s",
+                ", ".join(f"{number} {states[number]}" for number in remain),
+                " ".join(remain),
+            )
 
     async def explain(self, cluster: Any) -> str:
         """Say what the batch system and the jobs' logs tell of workers that did not come."""
         lines = [f"jobs submitted: {', '.join(self.jobs) or 'none'}"]
         if self.kind == "slurm":
-            states = await self._slurm_states()
-            lines += [f"job {job}: {state}" for job, state in states.items()]
+            try:
+                states = await job_states(self.jobs)
+                lines += [f"job {job}: {state}" for job, state in states.items()]
+            except ClusterError as error:
+                lines.append(str(error))
         lines += self._tails(self.jobs)
         return "\n".join(lines)
 
     async def hopeless(self, cluster: Any) -> str:
         """Say why no more workers will come: a job ended before its worker was there."""
-        if self.kind != "slurm" or not self.jobs:
-            return ""
-        states = await self._slurm_states()
         arrived = {str(worker["name"]) for worker in cluster.scheduler_info["workers"].values()}
         lost = {
-            number: states.get(number, "gone")
-            for number, job in self.jobs.items()
-            if str(job.name) not in arrived and _is_lost(states.get(number))
+            number: state
+            for number, state in (await self._states()).items()
+            if str(self.jobs[number].name) not in arrived
+            and (state == GONE or has_ended(state) or waits_for_ever(state))
         }
         if not lost:
             return ""
@@ -116,27 +123,34 @@ class BatchJobs:
             ]
         )
 
-    async def _slurm_states(self) -> dict[str, str]:
-        """Ask for the states of all jobs; those that the queue has forgotten are missing."""
-        squeue = shutil.which("squeue")
-        if squeue is None or not self.jobs:
-            return {}
-        process = await asyncio.create_subprocess_exec(
-            squeue,
-            "--noheader",
-            "--states=all",
-            "--format=%i|%T|%r",
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            out, _ = await process.communicate()
-        rows = (line.split("|", 2) for line in out.decode().splitlines() if line.count("|") >= 2)
+    async def lost(self, cluster: Any) -> set[Any]:
+        """Give the names of workers whose jobs have ended."""
+        states = await self._states()
         return {
-            number: state if reason in {"None", ""} else f"{state} ({reason})"
-            for number, state, reason in rows
-            if number in self.jobs
+            self.jobs[number].name
+            for number, state in states.items()
+            if state == GONE or has_ended(state)
         }
+
+    async def _states(self) -> dict[str, str]:
+        """Give the states of the jobs of which something is known.
+
+        A job is gone that two answers in a row do not name: the queue may not know it yet. No
+        answer says nothing of any job.
+        """
+        if self.kind != "slurm":
+            return {}
+        asked = set(self.jobs)
+        try:
+            states = await job_states(asked)
+        except ClusterError as error:
+            logger.debug("%s", error)
+            return {}
+        missing = asked - set(states)
+        gone = dict.fromkeys(missing & self._missed, GONE)
+        self._missed = missing
+        # A job may have been ended meanwhile.
+        return {number: state for number, state in (states | gone).items() if number in self.jobs}
 
     def _tails(self, numbers: Iterable[str]) -> list[str]:
         """Give the ends of the logs of some jobs; one if all say the same."""
@@ -147,13 +161,6 @@ class BatchJobs:
                 if lines:
                     tails.setdefault("\n".join(lines[-LOG_TAIL_LINES:]), path.name)
         return [f"{name} ends with:\n{tail}" for tail, name in list(tails.items())[:3]]
-
-
-def _is_lost(state: str | None) -> bool:
-    if state is None:
-        return True
-    word, _, reason = state.partition(" ")
-    return word in SLURM_ENDED or (word == "PENDING" and reason.strip("()") in SLURM_NEVER)
 
 
 def _text(path: Path) -> str:

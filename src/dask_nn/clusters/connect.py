@@ -74,7 +74,6 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If its workers are not there in time.
     """
-    check_request(request)
     address = str(request.options["address"])
     security = request.security if isinstance(request.security, Security) else None
     timeout_s = min(request.start_timeout_s, CONNECT_TIMEOUT_S)
@@ -98,7 +97,7 @@ def check_request(request: ClusterRequest) -> None:
             f'"tcp://10.0.0.5:8786"; got {address!r}'
         )
     asked = [name for name in request.options if name != "address"]
-    asked += [name for name in ("adapt", "memory", "walltime", "env") if getattr(request, name)]
+    asked += [name for name in ("adapt", "memory", "env") if getattr(request, name)]
     asked += ["cores"] * (request.cores != 1) + ["gpus"] * bool(request.gpus)
     if asked:
         raise ConfigurationError(

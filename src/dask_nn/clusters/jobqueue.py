@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import inspect
 import shutil
-import signal
 import tempfile
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,8 @@ from distributed import Security
 from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.jobqueue_import import import_dask_jobqueue
+from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.walltime import walltime_s
@@ -77,19 +76,23 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If the batch system refuses the jobs, or they do not start in time; with what it says.
     """
-    check_request(request)
     # Jobs have the working directory in common with this process: their output, and their
     # certificates, must be where both see them.
-    folder = Path(tempfile.mkdtemp(prefix=".dask-nn-jobs-", dir=Path.cwd()))
     try:
-        jobs = BatchJobs(
-            kind=request.kind, log_folder=Path(request.options.get("log_directory", folder))
-        )
+        folder = Path(tempfile.mkdtemp(prefix=".dask-nn-jobs-", dir=Path.cwd()))
+    except OSError as error:
+        raise ConfigurationError(
+            f"the jobs of a cluster need a folder in {Path.cwd()}, which cannot be made "
+            f"({error.strerror}); start where you may write, and which the nodes see too"
+        ) from error
+    try:
+        jobs = BatchJobs(kind=request.kind, log_folder=_log_folder(request, folder))
         with serve(
             request,
             lambda: make_cluster(request, folder=folder, jobs=jobs, asynchronous=True),
             explain=jobs.explain,
             hopeless=jobs.hopeless,
+            lost=jobs.lost,
             close=lambda _: jobs.end_all(),
         ) as client:
             yield client
@@ -106,7 +109,7 @@ def check_request(request: ClusterRequest) -> None:
         If not.
     """
     system = SYSTEMS[request.kind]
-    _check_options(request, getattr(_dask_jobqueue(request.kind), system.cluster))
+    _check_options(request, getattr(import_dask_jobqueue(request.kind), system.cluster))
     if shutil.which(system.submit) is None:
         raise ConfigurationError(
             f"cluster kind {request.kind!r} submits jobs with {system.submit}, which is not on "
@@ -144,7 +147,7 @@ def make_cluster(
     ConfigurationError
         If an option cannot work.
     """
-    module = _dask_jobqueue(request.kind)
+    module = import_dask_jobqueue(request.kind)
     kind = getattr(module, SYSTEMS[request.kind].cluster)
     _check_options(request, kind)
     options = _with_defaults(request, folder)
@@ -155,17 +158,6 @@ def make_cluster(
         raise ConfigurationError(f"{SYSTEMS[request.kind].cluster}: {error}") from error
 
 
-def _dask_jobqueue(kind: str) -> Any:
-    """Import dask-jobqueue, without its handler of Ctrl-C: that would end this process."""
-    if threading.current_thread() is not threading.main_thread():
-        return import_optional("dask_jobqueue", "jobqueue", kind)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        return import_optional("dask_jobqueue", "jobqueue", kind)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-
-
 def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
     known: set[str] = set()
     for part in (*kind.__mro__, *kind.job_cls.__mro__):
@@ -174,9 +166,8 @@ def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
     known -= {"self", "scheduler", "name", "loop", "asynchronous", "n_workers", "job_cls"}
     for name in request.options:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigurationError(f"{kind.__name__} has no option {name!r}; {hint}")
+            hint = nearest(name, sorted(known))
+            raise ConfigurationError(f"{kind.__name__} has no option {name!r}{hint}")
     if request.gpus and request.options.get("processes", 1) != 1:
         raise ConfigurationError(
             "processes= puts several workers into a job, which would see all GPUs of the job; "
@@ -197,7 +188,7 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     options["cores"] = request.cores * processes
     memory = request.memory or _configured(request.kind, "memory") or DEFAULT_MEMORY
     options["memory"] = format_bytes(parse_bytes(memory) * processes)
-    options.setdefault("log_directory", str(folder))
+    options["log_directory"] = str(_log_folder(request, folder))
     scheduler = options.get("scheduler_options")
     if scheduler is None:
         scheduler = _configured(request.kind, "scheduler-options") or {}
@@ -223,15 +214,31 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     return options
 
 
+def _log_folder(request: ClusterRequest, folder: Path) -> Path:
+    """Give the folder of the jobs' output: what was asked for, the site's, or one's own."""
+    asked = request.options.get("log_directory") or _configured(request.kind, "log-directory")
+    return Path(asked or folder)
+
+
 def _environment(request: ClusterRequest) -> list[str]:
     lines = [f"export {name}={_quoted(value)}" for name, value in request.env.items()]
-    walltime = request.walltime or _configured(request.kind, "walltime")
-    if walltime and request.kind != "htcondor":
-        seconds = walltime_s(request.kind, str(walltime))
+    if (seconds := _job_s(request)) is not None:
         lines.append(
             f'export {JOB_END_TIME}="${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds}))}}"'
         )
     return lines
+
+
+def _job_s(request: ClusterRequest) -> int | None:
+    """Give how long a job may run, where that is known."""
+    walltime = request.walltime or _configured(request.kind, "walltime")
+    if not walltime or request.kind == "htcondor":
+        return None
+    try:
+        return walltime_s(request.kind, str(walltime))
+    except ConfigurationError:
+        # What was asked for is checked; what a site has configured may be UNLIMITED.
+        return None
 
 
 def _quoted(value: str) -> str:

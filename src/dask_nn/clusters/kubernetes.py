@@ -12,7 +12,6 @@ from dask_nn.clusters.kubernetes_resources import KubernetesOptions, cluster_res
 from dask_nn.clusters.kubernetes_tls import tls_secret
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
-from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,9 +72,4 @@ def check_request(request: ClusterRequest) -> None:
         If one cannot work, or dask-kubernetes is not installed.
     """
     KubernetesOptions.of(request.options)
-    if request.walltime:
-        raise ConfigurationError(
-            "walltime is a limit of batch systems; in Kubernetes set activeDeadlineSeconds in "
-            "worker_pod, or idle_timeout_s"
-        )
     import_optional("dask_kubernetes.operator", EXTRA, request.kind)

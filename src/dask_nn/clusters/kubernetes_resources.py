@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import parse_bytes
 
+from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.kubernetes_tls import TLS_FOLDER, tls_environment, tls_volume
 from dask_nn.clusters.optional import import_optional
 from dask_nn.errors import ConfigurationError
@@ -119,10 +119,8 @@ class KubernetesOptions:
         known = list(cls.__dataclass_fields__)
         for name in options:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise ConfigurationError(
-                    f"cluster kind 'kubernetes' has no option {name!r}; {hint}"
+                    f"cluster kind 'kubernetes' has no option {name!r}{nearest(name, known)}"
                 )
         if not isinstance(options.get("image"), str) or not options["image"]:
             raise ConfigurationError(

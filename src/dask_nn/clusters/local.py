@@ -8,8 +8,9 @@ import logging
 import multiprocessing
 import shutil
 import tempfile
+import time
 import warnings
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,12 @@ from dask.system import cpu_count
 from distributed import Client, LocalCluster
 
 from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.graphics_cards import check_cards, give_a_card_to_each, visible_cards
+from dask_nn.clusters.local_options import check_request
 from dask_nn.clusters.loop import loop_blind_to_interrupts, start_in
 from dask_nn.clusters.quiet import quiet_distributed
-from dask_nn.errors import ConfigurationError
+from dask_nn.clusters.reason import reason_of
+from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
     from dask_nn.clusters.request import ClusterRequest
 
-__all__ = ["available_cores", "local_cluster", "open_cluster"]
+__all__ = ["available_cores", "check_request", "local_cluster", "open_cluster"]
 
 # Scheduler, nannies and workers of one machine share its cores with the ranks. Sampling stacks and
 # measuring event loops, a hundred times a second in each, would take a tenth of a small step.
@@ -74,7 +78,7 @@ def local_cluster(
     Parameters
     ----------
     workers : int, optional
-        Worker processes; as many as there are cores by default.
+        Worker processes; by default as many as there are cores, or GPUs with ``gpus=1``.
     threads_per_worker : int, default 1
         Threads in which each worker runs tasks.
     processes : bool, default True
@@ -90,7 +94,7 @@ def local_cluster(
     env : mapping, optional
         Environment variables of worker processes.
     gpus : int, default 0
-        With 1, worker number n sees GPU number n alone.
+        With 1, each worker sees one GPU alone, of those that this process may use.
     start_timeout_s : float, default 60
         How long to wait for the workers.
     close_timeout_s : float, default 0.5
@@ -106,19 +110,25 @@ def local_cluster(
     Raises
     ------
     ConfigurationError
-        If a count is below 1.
+        If a count is below 1, or there are fewer GPUs than workers.
+    ClusterError
+        If the workers do not start, or not in time.
     """
+    cards = visible_cards() if gpus else []
     if workers is None:
-        workers = available_cores()
+        workers = max(1, len(cards)) if gpus else available_cores()
     for name, count in (("workers", workers), ("threads_per_worker", threads_per_worker)):
         if count < 1:
             message = f"{name} must be at least 1, got {count}"
             raise ConfigurationError(message)
+    if gpus:
+        check_cards(workers, cards)
 
+    deadline = time.monotonic() + start_timeout_s
     before = frozenset(child.pid for child in multiprocessing.active_children())
     scratch = tempfile.mkdtemp(prefix="dask-nn-")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet_distributed())
+        heard = stack.enter_context(quiet_distributed())
         stack.enter_context(dask.config.set(PATIENT_WITH_NANNIES))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
@@ -127,7 +137,7 @@ def local_cluster(
         with warnings.catch_warnings(), dask.config.set(FEW_WAKE_UPS):
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
             warnings.filterwarnings("ignore", message="Port .* is already in use")
-            cluster = start_in(
+            making = start_in(
                 runner,
                 _make(
                     n_workers=workers,
@@ -135,24 +145,45 @@ def local_cluster(
                     processes=processes,
                     memory_limit=memory_limit,
                     local_directory=scratch,
-                    scheduler_kwargs={"local_directory": scratch},
+                    scheduler_kwargs={
+                        "local_directory": scratch,
+                        **options.pop("scheduler_kwargs", {}),
+                    },
                     dashboard_address=free_or_any(dashboard_address),
                     silence_logs=logging.CRITICAL,
                     security=security,
                     asynchronous=True,
-                    **({"preload": list(preload)} if processes and preload else {}),
+                    **({"preload": list(preload)} if preload else {}),
                     **({"env": dict(env)} if processes and env else {}),
                     **options,
                 ),
-            ).result()
+            )
+            try:
+                cluster = making.result()
+            except (TypeError, ValueError) as error:
+                raise ConfigurationError(f"the local cluster cannot be made: {error}") from error
             stack.push(partial(_close, runner, cluster, before, close_timeout_s))
             if gpus:
-                _give_a_gpu_to_each(cluster)
-            start_in(runner, _started(cluster)).result()
+                give_a_card_to_each(cluster, cards)
+            started = start_in(runner, _started(cluster))
+            try:
+                started.result(start_timeout_s)
+            except Exception as error:
+                if isinstance(error, TimeoutError) and not started.done():
+                    # A start that is cancelled half-way leaves a cluster that cannot be closed.
+                    _kill_children_except(before)
+                    wait([started], timeout=1)
+                    raise _too_late(start_timeout_s) from None
+                reason = _deepest(error)
+                raise ClusterError(f"the local cluster did not start: {reason}") from error
         client = Client(cluster, timeout=30)
         stack.callback(client.close, timeout=close_timeout_s)
-        client.wait_for_workers(workers, timeout=start_timeout_s)
-        yield client
+        try:
+            client.wait_for_workers(workers, timeout=max(0.1, deadline - time.monotonic()))
+        except TimeoutError:
+            raise _too_late(start_timeout_s) from None
+        with heard():
+            yield client
 
 
 @contextmanager
@@ -165,37 +196,34 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         If an option cannot work.
     """
     options = dict(request.options)
-    if request.gpus and request.adapt:
-        raise ConfigurationError(
-            "adapt cannot share out this machine's GPUs; give workers=, one for each GPU"
-        )
-    with contextlib.ExitStack() as stack:
-        try:
-            client = stack.enter_context(
-                local_cluster(
-                    request.wanted,
-                    request.cores,
-                    memory_limit=request.memory or options.pop("memory_limit", "auto"),
-                    preload=request.preload,
-                    security=request.security,
-                    env=request.env,
-                    gpus=request.gpus,
-                    start_timeout_s=request.start_timeout_s,
-                    **options,
-                )
-            )
-        except TypeError as error:
-            raise ConfigurationError(f"the local cluster cannot be made: {error}") from error
+    with local_cluster(
+        request.wanted,
+        request.cores,
+        memory_limit=request.memory or options.pop("memory_limit", "auto"),
+        preload=request.preload,
+        security=request.security,
+        env=request.env,
+        gpus=request.gpus,
+        start_timeout_s=request.start_timeout_s,
+        **options,
+    ) as client:
         if request.adapt:
             cluster: Any = client.cluster
             cluster.adapt(minimum=request.adapt[0], maximum=request.adapt[1])
         yield client
 
 
-def _give_a_gpu_to_each(cluster: Any) -> None:
-    for number, (name, spec) in enumerate(cluster.worker_spec.items()):
-        env = {**spec["options"].get("env", {}), "CUDA_VISIBLE_DEVICES": str(number)}
-        cluster.worker_spec[name] = {**spec, "options": {**spec["options"], "env": env}}
+def _too_late(timeout_s: float) -> ClusterError:
+    return ClusterError(
+        f"the local cluster was not there within {timeout_s:g} s; wait longer (start_timeout_s=, "
+        "--start-timeout), ask for fewer workers, or look what their preload waits for"
+    )
+
+
+def _deepest(error: BaseException) -> str:
+    """Give what the first of a chain of errors says: the others say that a nanny failed."""
+    cause = error.__cause__ or error.__context__
+    return reason_of(error) if cause is None else _deepest(cause)
 
 
 async def _make(**options: Any) -> LocalCluster:

@@ -1,4 +1,4 @@
-"""An event loop in a thread, whose child processes do not see Ctrl-C."""
+"""An event loop in a thread, whose child processes see neither Ctrl-C nor a closed terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["loop_blind_to_interrupts", "run_in", "see_through", "start_in"]
 
 
 def loop_blind_to_interrupts() -> LoopRunner:
-    """Start an event loop in a thread whose child processes will have SIGINT blocked.
+    """Start an event loop in a thread whose child processes have SIGINT and SIGHUP blocked.
 
-    A terminal sends Ctrl-C to the whole process group, and only the client shall decide what stops:
+    A terminal sends them to the whole process group, and only the client shall decide what stops:
     else workers would die of it, and so would the commands that end their jobs.
     """
     # The tracker unblocks SIGINT in the thread that starts it, so it must be running before.
@@ -31,7 +31,7 @@ def loop_blind_to_interrupts() -> LoopRunner:
         return runner
     # Threads inherit the mask of the thread that starts them, and processes that of the thread
     # that forks them; the main thread goes on to hear Ctrl-C.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         runner.start()
     finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.clusters.hangups import heard_as_interrupts
+from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.request import START_TIMEOUT_S, ClusterRequest
 from dask_nn.errors import ConfigurationError
 
@@ -32,6 +33,11 @@ KINDS = {
     "htcondor": _BATCH,
     "kubernetes": "dask_nn.clusters.kubernetes",
     "aws": "dask_nn.clusters.aws",
+}
+INSTEAD_OF_WALLTIME = {
+    "kubernetes": "set activeDeadlineSeconds in worker_pod, or idle_timeout_s",
+    "aws": "machines end with the cluster, or when they had nothing to do for the scheduler's "
+    "idle_timeout",
 }
 
 
@@ -120,11 +126,12 @@ def cluster(
 @contextmanager
 def open_request(request: ClusterRequest) -> Iterator[Client]:
     """Run the cluster that a request describes; see `cluster`."""
-    check_kind(request.kind)
+    check_request(request)
     if request.kind != "address":
         # A scheduler that runs already has its own certificates.
         request = request.with_certificates()
-    with import_module(KINDS[request.kind]).open_cluster(request) as client:
+    opened = import_module(KINDS[request.kind]).open_cluster
+    with heard_as_interrupts(), opened(request) as client:
         yield client
 
 
@@ -137,9 +144,19 @@ def check_request(request: ClusterRequest) -> None:
         As `cluster`.
     """
     check_kind(request.kind)
+    _check_walltime(request)
     check = getattr(import_module(KINDS[request.kind]), "check_request", None)
     if check is not None:
         check(request)
+
+
+def _check_walltime(request: ClusterRequest) -> None:
+    if request.walltime is not None and KINDS[request.kind] != _BATCH:
+        instead = INSTEAD_OF_WALLTIME.get(request.kind, "leave it out")
+        raise ConfigurationError(
+            f"walltime is a limit of batch systems, and cluster kind {request.kind!r} is none; "
+            f"{instead}"
+        )
 
 
 def check_kind(kind: str) -> None:
@@ -152,6 +169,4 @@ def check_kind(kind: str) -> None:
     """
     if kind in KINDS:
         return
-    near = get_close_matches(str(kind), KINDS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KINDS)}"
-    raise ConfigurationError(f"unknown kind of cluster {kind!r}; {hint}")
+    raise ConfigurationError(f"unknown kind of cluster {kind!r}{nearest(str(kind), KINDS)}")

@@ -16,10 +16,12 @@ from distributed.deploy.adaptive import Adaptive
 
 from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in
 from dask_nn.clusters.quiet import quiet, quiet_distributed
+from dask_nn.clusters.reason import reason_of
+from dask_nn.clusters.replacement import Replacement
 from dask_nn.errors import ClusterError, DaskNNError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator
 
     from distributed.deploy.cluster import Cluster
     from distributed.utils import LoopRunner
@@ -32,9 +34,11 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 15.0
-# How often it is looked whether the workers are there, and whether they can still come.
+# How often it is looked whether the workers are there.
 LOOK_EVERY_S = 0.2
-ASK_EVERY_S = 2.0
+# Whether they can still come is asked of the platform: soon, then twice as late each time.
+ASK_FIRST_AFTER_S = 2.0
+ASK_EVERY_S_AT_MOST = 30.0
 
 
 class KeptWorkers(Adaptive):
@@ -57,6 +61,7 @@ def serve(
     keep: bool = True,
     explain: Callable[[Cluster], Awaitable[str]] | None = None,
     hopeless: Callable[[Cluster], Awaitable[str]] | None = None,
+    lost: Callable[[Cluster], Awaitable[Collection[Any]]] | None = None,
     close: Callable[[Cluster], Awaitable[None]] | None = None,
     close_timeout_s: float = CLOSE_TIMEOUT_S,
 ) -> Iterator[Client]:
@@ -76,13 +81,16 @@ def serve(
         ``await explain(cluster)`` gives what the platform says of workers that did not come: the
         queue, pending jobs, ends of logs.
     hopeless : callable, optional
-        ``await hopeless(cluster)`` is asked every two seconds while workers are missing; a text
-        that is not empty says why none will come, and ends the waiting.
+        ``await hopeless(cluster)`` is asked now and then while the first workers are missing; a
+        text that is not empty says why none will come, and ends the waiting.
+    lost : callable, optional
+        ``await lost(cluster)`` gives names of workers that have ended, as the platform sees it;
+        it is asked now and then while workers to be kept are missing (`Replacement`).
     close : callable, optional
         ``await close(cluster)`` is called after the cluster was closed, even if that failed: to
         end what may be left.
     close_timeout_s : float, default 60
-        How long that may take.
+        How long closing may take, and then again what ``close`` does.
 
     Yields
     ------
@@ -95,7 +103,7 @@ def serve(
         If the cluster or its workers did not start.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet_distributed())
+        heard = stack.enter_context(quiet_distributed())
         runner = loop_blind_to_interrupts()
         stack.callback(runner.stop, 1)
         made: list[Cluster] = []
@@ -108,7 +116,11 @@ def serve(
         _wait(runner, cluster, request, deadline, explain, hopeless)
         if keep or request.adapt:
             start_in(runner, _keep(cluster, request.adapt)).result(10)
-        yield client
+        if keep:
+            replacing = start_in(runner, Replacement(cluster=cluster, lost=lost).run())
+            stack.callback(replacing.cancel)
+        with heard():
+            yield client
 
 
 def _start_cluster(
@@ -120,8 +132,6 @@ def _start_cluster(
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
             warnings.filterwarnings("ignore", message="Port .* is already in use")
             started.result()
-    except TimeoutError:
-        raise _too_late(request, "it was still starting") from None
     except KeyboardInterrupt:
         # A job that is just being submitted has no number yet by which it could be ended.
         with contextlib.suppress(Exception):
@@ -131,24 +141,38 @@ def _start_cluster(
     except DaskNNError:
         raise
     except Exception as error:
-        raise ClusterError(f"the {request.kind} cluster did not start: {_why(error)}") from error
+        raise ClusterError(
+            f"the {request.kind} cluster did not start: {reason_of(error)}"
+        ) from error
 
 
 async def _start(request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]) -> None:
-    async with asyncio.timeout(request.start_timeout_s):
-        cluster = make()
-        if inspect.isawaitable(cluster) and not hasattr(cluster, "scheduler_info"):
-            cluster = await cluster
-        made.append(cluster)
-        # The block closes it; at the end of the process there would be no loop to do so.
-        cluster.shutdown_on_close = False
-        await cluster
-        if request.wanted is not None and len(cluster.plan) != request.wanted:
-            scaled = cluster.scale(request.wanted)
-            if inspect.isawaitable(scaled):
-                await scaled
-            # Raises what is wrong with the workers, where they are submitted one by one.
+    try:
+        async with asyncio.timeout(request.start_timeout_s) as limit:
+            cluster = make()
+            if inspect.isawaitable(cluster) and not hasattr(cluster, "scheduler_info"):
+                cluster = await cluster
+            made.append(cluster)
+            # The block closes it; at the end of the process there would be no loop to do so.
+            cluster.shutdown_on_close = False
             await cluster
+            wanted = _wanted(request, cluster)
+            if len(cluster.plan) != wanted:
+                scaled = cluster.scale(wanted)
+                if inspect.isawaitable(scaled):
+                    await scaled
+                # Raises what is wrong with the workers, where they are submitted one by one.
+                await cluster
+    except TimeoutError:
+        # The library has deadlines of its own, and says which.
+        if not limit.expired():
+            raise
+        raise _too_late(request, "it was still starting") from None
+
+
+def _wanted(request: ClusterRequest, cluster: Any) -> int:
+    """Give the number of workers to start with, at least one."""
+    return request.wanted or len(cluster.plan) or 1
 
 
 async def _keep(cluster: Any, adapt: tuple[int, int] | None) -> None:
@@ -168,17 +192,19 @@ def _wait(
     explain: Callable[[Cluster], Awaitable[str]] | None,
     hopeless: Callable[[Cluster], Awaitable[str]] | None,
 ) -> None:
-    wanted = request.wanted or 1
+    wanted = _wanted(request, cluster)
 
     async def wait() -> str:
-        asked = time.monotonic()
-        while len(cluster.scheduler_info["workers"]) < wanted:
+        asked, patience_s = time.monotonic(), ASK_FIRST_AFTER_S
+        while (came := len(cluster.scheduler_info["workers"])) < wanted:
             if time.monotonic() > deadline:
-                return _missing(cluster, request, await _told(explain, cluster))
-            if hopeless is not None and time.monotonic() - asked > ASK_EVERY_S:
-                asked = time.monotonic()
-                if reason := await _told(hopeless, cluster):
+                told = await _told(explain, cluster)
+                missing = str(_too_late(request, f"{came} of {wanted} workers came"))
+                return f"{missing}\n{told}" if told else missing
+            if hopeless is not None and time.monotonic() - asked > patience_s:
+                if reason := await _told(hopeless, cluster, errors=False):
                     return reason
+                asked, patience_s = time.monotonic(), min(2 * patience_s, ASK_EVERY_S_AT_MOST)
             await asyncio.sleep(LOOK_EVERY_S)
         return ""
 
@@ -186,37 +212,24 @@ def _wait(
         raise ClusterError(problem)
 
 
-async def _told(ask: Callable[[Cluster], Awaitable[str]] | None, cluster: Cluster) -> str:
+async def _told(
+    ask: Callable[[Cluster], Awaitable[str]] | None, cluster: Cluster, *, errors: bool = True
+) -> str:
+    """Ask the platform; that it gives no answer is told, or is nothing."""
     if ask is None:
         return ""
     try:
         async with asyncio.timeout(20):
             return await ask(cluster)
     except Exception as error:
-        return _why(error)
-
-
-def _missing(cluster: Any, request: ClusterRequest, told: str) -> str:
-    came = len(cluster.scheduler_info["workers"])
-    return str(_too_late(request, f"{came} of {request.wanted or 1} workers came")) + (
-        f"\n{told}" if told else ""
-    )
+        return reason_of(error) if errors else ""
 
 
 def _too_late(request: ClusterRequest, what: str) -> ClusterError:
     return ClusterError(
         f"the {request.kind} cluster was not there within {request.start_timeout_s:g} s: {what}; "
-        "wait longer with start_timeout_s, or ask for less"
+        "wait longer (start_timeout_s=, --start-timeout), or ask for less"
     )
-
-
-def _why(error: BaseException) -> str:
-    """Give what an error says, of the errors behind it if it says nothing itself."""
-    seen = str(error).strip()
-    cause = error.__cause__ or error.__context__
-    if not seen and cause is not None:
-        return _why(cause)
-    return seen or type(error).__name__
 
 
 def _close(
@@ -228,9 +241,9 @@ def _close(
     for cluster in made:
         closed = start_in(runner, _closed(cluster, end, timeout_s))
         try:
-            see_through(closed, timeout_s + 5)
+            see_through(closed, 2 * timeout_s + 5)
         except Exception as error:
-            logger.warning("the cluster %s was not closed cleanly: %s", cluster, _why(error))
+            logger.warning("the cluster %s was not closed cleanly: %s", cluster, reason_of(error))
 
 
 async def _closed(
@@ -247,4 +260,5 @@ async def _closed(
                 await cluster.scheduler.close()
     finally:
         if end is not None:
-            await end(cluster)
+            async with asyncio.timeout(timeout_s):
+                await end(cluster)

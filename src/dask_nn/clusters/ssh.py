@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shlex
 import sys
 import uuid
 from contextlib import ExitStack, contextmanager
@@ -10,9 +13,19 @@ from typing import TYPE_CHECKING, Any
 import dask
 from distributed import Security, SSHCluster
 
+from dask_nn.clusters.graphics_cards import VISIBLE
+from dask_nn.clusters.known_names import nearest
+from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in
 from dask_nn.clusters.optional import import_optional
+from dask_nn.clusters.reason import reason_of
 from dask_nn.clusters.serve import serve
-from dask_nn.clusters.ssh_hosts import Host, check_hosts, remove_folder, send_certificates
+from dask_nn.clusters.ssh_hosts import (
+    Host,
+    cards_of_hosts,
+    check_hosts,
+    remove_folder,
+    send_certificates,
+)
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -24,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_request", "open_cluster"]
 
+logger = logging.getLogger(__name__)
+
 OPTIONS = (
     "hosts",
     "connect_options",
@@ -32,6 +47,10 @@ OPTIONS = (
     "worker_class",
     "remote_python",
 )
+REMOVE_TIMEOUT_S = 60.0
+# Machines that nobody uses any more end themselves: those of a client that died.
+IDLE_TIMEOUT = "3600s"
+DEATH_TIMEOUT = "300s"
 
 
 @contextmanager
@@ -47,26 +66,36 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     ClusterError
         If a host cannot be reached, or its Python cannot run Dask; names the host.
     """
-    check_request(request)
     hosts = _hosts(request)
-    folder = f"/tmp/dask-nn-{uuid.uuid4().hex}"  # noqa: S108  (made with mode 700, or refused)
-    files: dict[str, str] = {}
+    folder = f"/tmp/dask-nn-{uuid.uuid4().hex}"  # noqa: S108 - made with mode 700
     with ExitStack() as stack:
 
         async def make() -> Any:
             await check_hosts(hosts, request.start_timeout_s)
             if isinstance(request.security, Security):
-                files.update(await send_certificates(hosts, folder, request.security))
+                # Some hosts may have got theirs when another one fails, or Ctrl-C is pressed.
+                stack.callback(_remove, hosts, folder)
+                files = await send_certificates(hosts, folder, request.security)
                 # The remote processes read these; SSHCluster hands the configuration on.
                 stack.enter_context(dask.config.set(_tls_settings(files)))
-            return _make_cluster(request, hosts)
+            cards = await cards_of_hosts(hosts[1:]) if request.gpus else {}
+            return _make_cluster(request, hosts, cards)
 
-        async def close(_: Any) -> None:
-            if files:
-                await remove_folder(hosts, folder)
+        with serve(request, make) as client:
+            yield client
 
-        client = stack.enter_context(serve(request, make, close=close))
-        yield client
+
+def _remove(hosts: list[Host], folder: str) -> None:
+    runner = loop_blind_to_interrupts()
+    try:
+        see_through(start_in(runner, remove_folder(hosts, folder)), REMOVE_TIMEOUT_S)
+    except Exception as error:
+        logger.warning(
+            "the certificates and keys in %s of %s may not be removed: %s",
+            *(folder, ", ".join({host.name for host in hosts}), reason_of(error)),
+        )
+    finally:
+        runner.stop(1)
 
 
 def check_request(request: ClusterRequest) -> None:
@@ -79,16 +108,19 @@ def check_request(request: ClusterRequest) -> None:
     """
     import_optional("asyncssh", "ssh", "ssh")
     _hosts(request)
-    _worker_options(request)
+    written = json.dumps([_scheduler_options(request), _worker_options(request)], default=str)
+    if "'" in written:
+        raise ConfigurationError(
+            "SSHCluster puts scheduler_options and worker_options into single quotes of a shell, "
+            f"so there can be none inside, got {written}"
+        )
 
 
 def _hosts(request: ClusterRequest) -> list[Host]:
     """Give the scheduler's host, then those of the workers, with how to reach each."""
     for name in request.options:
         if name not in OPTIONS:
-            raise ConfigurationError(
-                f"SSHCluster has no option {name!r}; known are {', '.join(OPTIONS)}"
-            )
+            raise ConfigurationError(f"SSHCluster has no option {name!r}{nearest(name, OPTIONS)}")
     names: Any = request.options.get("hosts")
     if (
         not isinstance(names, list | tuple)
@@ -120,14 +152,27 @@ def _for_each(name: str, value: Any, count: int) -> list[Any]:
     return value
 
 
-def _make_cluster(request: ClusterRequest, hosts: list[Host]) -> Any:
+def _make_cluster(
+    request: ClusterRequest, hosts: list[Host], cards: dict[tuple[str, str], list[str]]
+) -> Any:
     scheduler, *seats = hosts
     count = request.wanted or len(seats)
     all_hosts = [scheduler, *(seats[number % len(seats)] for number in range(count))]
+
+    def python(number: int) -> str:
+        host = seats[number % len(seats)]
+        env = _environment(request)
+        if request.gpus:
+            before = [seats[other % len(seats)].place for other in range(number)].count(host.place)
+            env[VISIBLE] = _card(host, cards[host.place], before)
+        # As an option of the worker, its text would end the quotes in which SSHCluster puts them.
+        variables = [f"{name}={value}" for name, value in env.items()]
+        return shlex.join([*(["env", *variables] if env else []), host.python])
+
     cluster: Any = SSHCluster(
         [host.name for host in all_hosts],
         connect_options=[host.connect_options for host in all_hosts],
-        remote_python=[host.python for host in all_hosts],
+        remote_python=[shlex.quote(scheduler.python), *map(python, range(count))],
         scheduler_options=_scheduler_options(request),
         worker_options=_worker_options(request),
         worker_class=request.options.get("worker_class", "distributed.Nanny"),
@@ -140,13 +185,9 @@ def _make_cluster(request: ClusterRequest, hosts: list[Host]) -> Any:
         host = seats[number % len(seats)]
         options = dict(specs[number % min(len(seats), len(specs))]["options"])
         options |= {"address": host.name, "connect_options": host.connect_options}
-        options["remote_python"] = host.python
+        options["remote_python"] = python(number)
         # SSHCluster gives its workers no names, and so does not know them when they are lost.
         options["kwargs"] = {**options["kwargs"], "name": number}
-        if request.gpus:
-            before = [seats[other % len(seats)].name for other in range(number)].count(host.name)
-            env = options["kwargs"].get("env", {})
-            options["kwargs"]["env"] = {**env, "CUDA_VISIBLE_DEVICES": str(before)}
         return {**specs[0], "options": options}
 
     def new_worker_spec() -> dict[int, dict[str, Any]]:
@@ -160,8 +201,25 @@ def _make_cluster(request: ClusterRequest, hosts: list[Host]) -> Any:
     return cluster
 
 
+def _card(host: Host, cards: list[str], number: int) -> str:
+    if number >= len(cards):
+        raise ConfigurationError(
+            f"{number + 1} workers of {host.name} need a GPU each, and a login there may use "
+            f"{len(cards)}; ask for fewer workers, or name more hosts"
+        )
+    return cards[number]
+
+
+def _environment(request: ClusterRequest) -> dict[str, str]:
+    options = request.options.get("worker_options") or {}
+    own = options.get("env") or {}
+    return {**{name: str(value) for name, value in own.items()}, **request.env}
+
+
 def _scheduler_options(request: ClusterRequest) -> dict[str, Any]:
-    options = {"dashboard_address": ":8787", **(request.options.get("scheduler_options") or {})}
+    options = dict(request.options.get("scheduler_options") or {})
+    options.setdefault("dashboard_address", ":8787")
+    options.setdefault("idle_timeout", IDLE_TIMEOUT)
     if request.security:
         options.setdefault("protocol", "tls")
     return options
@@ -176,8 +234,10 @@ def _worker_options(request: ClusterRequest) -> dict[str, Any]:
     options.setdefault("nthreads", request.cores)
     if request.memory is not None:
         options["memory_limit"] = request.memory
-    options["preload"] = [*options.get("preload", []), *request.preload]
-    options["env"] = {**options.get("env", {}), **request.env}
+    own = options.get("preload") or []
+    options["preload"] = [*([own] if isinstance(own, str) else own), *request.preload]
+    options.pop("env", None)
+    options.setdefault("death_timeout", DEATH_TIMEOUT)
     if request.security:
         options.setdefault("protocol", "tls")
     return options
