@@ -81,6 +81,12 @@ def check_request(request: ClusterRequest) -> None:
         raise ConfigurationError('protocol="tcp" is without TLS and security asks for it')
     import_optional("dask_cloudprovider.aws", "aws", "aws")
     import_module(SERVICES[name]).check_options(request)
+    image: Any = request.options.get("image")
+    if not isinstance(image, str) or not image:
+        raise ConfigurationError(
+            f"service {name!r} needs image, a Docker image with dask-nn and PyTorch that AWS can "
+            f"pull; got {image!r}"
+        )
 
 
 def _with_texts(security: Security) -> Security:

@@ -141,11 +141,6 @@ def check_options(request: ClusterRequest) -> None:
         If one cannot work.
     """
     check_known(request.options, FargateCluster, OWN, TAKEN)
-    if not isinstance(request.options.get("image"), str):
-        raise ConfigurationError(
-            "Fargate needs image, a Docker image with dask-nn and PyTorch that it can pull; got "
-            f"{request.options.get('image')!r}"
-        )
     if request.gpus:
         raise ConfigurationError(
             "Fargate has no GPUs; take virtual machines: service='ec2' with instance_type such as "
