@@ -21,12 +21,13 @@ from moto.server import ThreadedMotoServer
 import dask_nn
 from dask_nn.clusters.aws_account import InstanceType
 from dask_nn.clusters.aws_ec2 import NamedWorker, NNEC2Cluster, check_machine, ec2_arguments
+from dask_nn.clusters.aws_ending import end_machines
 from dask_nn.clusters.aws_fargate import fargate_arguments, fargate_size
 from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 IMAGE = "registry.example.com/dask-nn:1"
 EC2 = {"image": IMAGE, "instance_type": "m7i.large", "security_groups": ["sg-1"]}
@@ -65,14 +66,16 @@ def account(no_account: None, moto: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_worker_gets_its_threads_memory_and_preloads():
-    arguments = ec2_arguments(request(cores=2, memory="3 GB", preload=("torch", "json")), "token")
+    options = EC2 | {"instance_tags": {"owner": "me", "dask-nn-cluster": "another"}}
+    asked = request(options, cores=2, memory="3 GB", preload=("torch", "json"))
+    arguments = ec2_arguments(asked, "token")
     assert arguments["worker_options"] == {
         "nthreads": 2,
         "memory_limit": 3_000_000_000,
         "preload": ["torch", "json"],
         "death_timeout": "300s",
     }
-    assert arguments["instance_tags"] == {"dask-nn-cluster": "token"}
+    assert arguments["instance_tags"] == {"owner": "me", "dask-nn-cluster": "token"}
     assert arguments["docker_image"] == IMAGE
 
 
@@ -129,6 +132,7 @@ def test_a_machine_that_cannot_hold_the_worker_is_refused(asked, machine, messag
         ({"service": "lambda"}, {}, "service must be"),
         ({"instance_type": "m7i.large"}, {}, "needs image"),
         ({"image": IMAGE}, {}, "needs instance_type"),
+        ({"service": "fargate", "image": ""}, {}, "needs image"),
         (EC2 | {"worker_instance_type": "m7i.large"}, {}, "give either"),
         (EC2 | {"instancetype": "x"}, {}, "did you mean 'instance_type'"),
         (EC2 | {"protocol": "tcp"}, {"security": True}, "is without TLS"),
@@ -174,6 +178,24 @@ def test_a_missing_account_is_one_clear_error(no_account, region, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("AWS_PROFILE", {}, "configuration cannot be used: .*nobody"),
+        ("X", {"region": "no region"}, "no region"),
+    ],
+)
+def test_a_profile_or_region_that_cannot_be_is_one_clear_error(
+    account, monkeypatch, name, options, message
+):
+    monkeypatch.setenv(name, "nobody")
+    with (
+        pytest.raises((ConfigurationError, ClusterError), match=message),
+        dask_nn.cluster("aws", workers=1, **(EC2 | options)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"instance_type": "m7x.large"}, "AWS refused .*do not exist: .m7x.large"),
@@ -196,6 +218,48 @@ def test_an_account_that_does_not_answer_is_an_error(account, monkeypatch):
         dask_nn.cluster("aws", workers=1, **EC2),
     ):
         pass
+
+
+class Looks:
+    """An account in which each look at a machine finds the next of some states."""
+
+    region = "eu-central-1"
+
+    def __init__(self, *states: str | Exception) -> None:
+        self.states = list(states)
+        self.ended: list[list[str]] = []
+
+    def instances(self, tag: str, value: str) -> list[dict[str, Any]]:
+        assert (tag, value) == ("dask-nn-cluster", "token")
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return [{"InstanceId": "i-1", "State": {"Name": state}}] if state else []
+
+    def ask(self, service: str, call: Callable[[Any], Any]) -> None:
+        call(self)
+
+    def terminate_instances(self, InstanceIds: list[str]) -> None:
+        self.ended.append(InstanceIds)
+
+
+def test_a_machine_that_aws_shows_late_is_ended_as_well(caplog):
+    account = Looks("", "pending", ClusterError("busy"), "running", "shutting-down", "terminated")
+    end_machines(account, "token", look_every_s=0)
+    assert account.ended == [["i-1"], ["i-1"]]
+    assert account.states == ["terminated"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("states", "reason"),
+    [(["running", ConfigurationError("expired")], "expired"), (["stopping"], "within 0 s")],
+)
+def test_machines_whose_end_cannot_be_seen_are_named_with_what_ends_them(caplog, states, reason):
+    end_machines(Looks(*states), "token", look_every_s=0, timeout_s=0 if len(states) == 1 else 60)
+    [record] = caplog.records
+    for part in (reason, "i-1", "Name=tag:dask-nn-cluster,Values=token", "terminate-instances"):
+        assert part in record.message
 
 
 @pytest.mark.parametrize(
@@ -263,7 +327,7 @@ def states(said: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(region):
+def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(region, tmp_path):
     greeting = 'it\'s "5 $" `x`'
     said = region({"workers": 2, "memory": "3 GB", "env": {"GREETING": greeting}, **EC2_JOB})
     assert said["returncode"] == 0, said["err"]
@@ -274,6 +338,13 @@ def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(
     assert told["env"] == [greeting, greeting]
     assert told["address"].startswith("tls://")
     assert states(said) == ["terminated"] * 3
+    [scheduler, *_] = said["instances"]
+    # A rule for the members of a security group lets only these in.
+    private = f"tls://{scheduler['PrivateIpAddress']}:8786"
+    workers = [
+        text for file in tmp_path.glob("i-*.yaml") if "dask_spec" in (text := file.read_text())
+    ]
+    assert [private in text for text in workers] == [True, True]
 
 
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)

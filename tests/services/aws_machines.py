@@ -96,7 +96,7 @@ class Region:
         for instance in self.instances():
             name, state = instance["InstanceId"], instance["State"]["Name"]
             if state == "running" and name not in self.machines:
-                self._boot(name, instance["PublicIpAddress"])
+                self._boot(name, instance)
             elif state in {"shutting-down", "terminated"} and name in self.machines:
                 self._end(name)
             elif state == "running" and self.machines[name][0].poll() is not None:
@@ -164,14 +164,16 @@ class Region:
             "groups": [g["GroupName"] for g in groups if g["GroupName"] != "default"],
         }
 
-    def _boot(self, name: str, address: str) -> None:
+    def _boot(self, name: str, instance: dict[str, Any]) -> None:
         answer = self.ec2.describe_instance_attribute(InstanceId=name, Attribute="userData")
         text = base64.b64decode(answer["UserData"]["Value"]).decode()
         assert text.startswith("#cloud-config")
         commands = yaml.safe_load(text)["runcmd"]
         # Nothing else may run on the machine that plays this one.
         assert [command.split()[0] for command in commands] == ["docker", "shutdown"], commands
-        _give_address(address)
+        address = instance["PublicIpAddress"]
+        for each in (address, instance["PrivateIpAddress"]):
+            _give_address(each)
         (self.folder / f"{name}.yaml").write_text(text)
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
