@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.clusters.certificates import ROLES, pem_texts
+from dask_nn.clusters.certificates import ROLES, as_environment, pem_texts, tls_settings
 
 if TYPE_CHECKING:
     from distributed import Security
@@ -56,13 +56,9 @@ def tls_volume(role: str, secret: str) -> dict[str, Any]:
 
 def tls_environment(role: str) -> list[dict[str, str]]:
     """Say in environment variables of Dask's configuration where a pod finds its certificates."""
-    values = {
-        "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True",
-        "DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls",
-        "DASK_DISTRIBUTED__COMM__TLS__CA_FILE": f"{TLS_FOLDER}/ca.crt",
-    }
+    certificates = {"ca_file": f"{TLS_FOLDER}/ca.crt"}
     for held in KEYS_OF[role]:
-        prefix = f"DASK_DISTRIBUTED__COMM__TLS__{held.upper()}"
-        values[f"{prefix}__CERT"] = f"{TLS_FOLDER}/{held}.crt"
-        values[f"{prefix}__KEY"] = f"{TLS_FOLDER}/{held}.key"
-    return [{"name": name, "value": value} for name, value in values.items()]
+        certificates[f"{held}_cert"] = f"{TLS_FOLDER}/{held}.crt"
+        certificates[f"{held}_key"] = f"{TLS_FOLDER}/{held}.key"
+    variables = as_environment(tls_settings(certificates))
+    return [{"name": name, "value": value} for name, value in variables.items()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dask
 from distributed import Security, SSHCluster
 
+from dask_nn.clusters.certificates import tls_settings
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.ssh_hosts import Host, check_hosts, remove_folder, send_certificates
@@ -58,7 +59,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
             if isinstance(request.security, Security):
                 files.update(await send_certificates(hosts, folder, request.security))
                 # The remote processes read these; SSHCluster hands the configuration on.
-                stack.enter_context(dask.config.set(_tls_settings(files)))
+                stack.enter_context(dask.config.set(tls_settings(files)))
             return _make_cluster(request, hosts)
 
         async def close(_: Any) -> None:
@@ -181,17 +182,3 @@ def _worker_options(request: ClusterRequest) -> dict[str, Any]:
     if request.security:
         options.setdefault("protocol", "tls")
     return options
-
-
-def _tls_settings(files: dict[str, str]) -> dict[str, Any]:
-    roles = ("client", "scheduler", "worker")
-    settings = {
-        f"distributed.comm.tls.{role}.{part}": files[f"{role}_{part}"]
-        for role in roles
-        for part in ("cert", "key")
-    }
-    return {
-        **settings,
-        "distributed.comm.tls.ca-file": files["ca_file"],
-        "distributed.comm.require-encryption": True,
-    }
