@@ -290,9 +290,9 @@ def test_a_fargate_worker_gets_its_threads_memory_and_preloads():
     assert wanted.items() <= arguments.items()
 
 
-@pytest.fixture
-def region(tmp_path: Path, unavailable: Any) -> Any:
-    """Run a job in a region of AWS of its own."""
+@pytest.fixture(scope="module")
+def region(tmp_path_factory: pytest.TempPathFactory, unavailable: Any) -> Any:
+    """Run jobs, one after the other, in a region of AWS of their own."""
     unshare, ip = shutil.which("unshare"), shutil.which("ip")
     if unshare is None or ip is None:
         unavailable("a region needs unshare (util-linux) and ip (iproute2)")
@@ -301,20 +301,20 @@ def region(tmp_path: Path, unavailable: Any) -> Any:
     if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
         unavailable("a region needs namespaces for network and processes, which need root")
 
-    def run(options: dict[str, Any], interrupt: int = 0) -> dict[str, Any]:
-        options = {"image": IMAGE, "security_groups": ["@GROUP@"], **options}
-        python = sys.executable
-        job = [python, training_job.__file__, "aws", json.dumps(options)]
-        machines = [*alone, python, aws_machines.__file__, tmp_path, str(interrupt)]
+    def run(*jobs: dict[str, Any], interrupt: int = 0) -> dict[str, Any]:
+        image = {"image": IMAGE, "security_groups": ["@GROUP@"]}
+        python, folder = sys.executable, tmp_path_factory.mktemp("region")
+        job = [python, training_job.__file__, "aws", *(json.dumps(image | own) for own in jobs)]
+        machines = [*alone, python, aws_machines.__file__, folder, str(interrupt)]
         done = subprocess.run(
             [*machines, "--", *job],
             check=False,
             capture_output=True,
             text=True,
-            timeout=JOB_TIMEOUT_S,
+            timeout=JOB_TIMEOUT_S * len(jobs),
         )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(done.stdout) | {"folder": folder}
 
     return run
 
@@ -326,25 +326,42 @@ def states(said: dict[str, Any]) -> list[str]:
     return [instance["State"]["Name"] for instance in said["instances"]]
 
 
-@pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(region, tmp_path):
-    greeting = 'it\'s "5 $" `x`'
-    said = region({"workers": 2, "memory": "3 GB", "env": {"GREETING": greeting}, **EC2_JOB})
+GREETING = 'it\'s "5 $" `x`'
+
+
+@pytest.fixture(scope="module")
+def trained(region) -> dict[str, Any]:
+    """Train on machines, then in containers, from one client."""
+    said = region(
+        {"workers": 2, "memory": "3 GB", "env": {"GREETING": GREETING}, **EC2_JOB},
+        {
+            "service": "fargate",
+            "workers": 2,
+            "memory": "3 GiB",
+            "env": {"GREETING": "hello"},
+            "fargate_use_private_ip": True,
+        },
+    )
     assert said["returncode"] == 0, said["err"]
+    said["told"] = [json.loads(line) for line in said["out"].splitlines()]
+    return said
+
+
+@pytest.mark.timeout(3 * JOB_TIMEOUT_S)
+def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(trained):
+    said = trained
     assert said["err"] == ""
-    told = json.loads(said["out"])
+    told, _ = said["told"]
     assert told["cluster"] == told["local"]
     assert told["workers"] == 2
-    assert told["env"] == [greeting, greeting]
+    assert told["env"] == [GREETING, GREETING]
     assert told["address"].startswith("tls://")
     assert states(said) == ["terminated"] * 3
     [scheduler, *_] = said["instances"]
     # A rule for the members of a security group lets only these in.
     private = f"tls://{scheduler['PrivateIpAddress']}:8786"
-    workers = [
-        text for file in tmp_path.glob("i-*.yaml") if "dask_spec" in (text := file.read_text())
-    ]
-    assert [private in text for text in workers] == [True, True]
+    started = [file.read_text() for file in said["folder"].glob("i-*.yaml")]
+    assert sum(private in text for text in started) == 2
 
 
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)
@@ -363,19 +380,10 @@ def test_a_scheduler_whose_container_fails_is_an_error_and_its_machine_ends(regi
     assert states(said) == ["terminated"]
 
 
-@pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_training_on_fargate_gives_the_bits_of_local_training_and_leaves_nothing(region):
-    said = region(
-        {
-            "service": "fargate",
-            "workers": 2,
-            "memory": "3 GiB",
-            "env": {"GREETING": "hello"},
-            "fargate_use_private_ip": True,
-        }
-    )
-    assert said["returncode"] == 0, said["err"]
-    told = json.loads(said["out"])
+@pytest.mark.timeout(3 * JOB_TIMEOUT_S)
+def test_training_on_fargate_gives_the_bits_of_local_training_and_leaves_nothing(trained):
+    said = trained
+    _, told = said["told"]
     assert told["cluster"] == told["local"]
     assert told["env"] == ["hello", "hello"]
     assert told["address"].startswith("tls://")

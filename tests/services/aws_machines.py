@@ -221,8 +221,12 @@ def _start_moto(folder: Path) -> subprocess.Popen[bytes]:
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT)],
-            # Roles need the policies of AWS.
-            env={**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+            # Roles need the policies of AWS. Its thousand images would take seconds to make.
+            env={
+                **os.environ,
+                "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+                "MOTO_EC2_LOAD_DEFAULT_AMIS": "false",
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -247,7 +251,7 @@ def main() -> None:
     try:
         region = Region(folder)
         places = {
-            "AMI": region.ec2.describe_images()["Images"][0]["ImageId"],
+            "AMI": region.ec2.register_image(Name="docker")["ImageId"],
             "GROUP": region.ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"],
         }
         for name, place in places.items():
