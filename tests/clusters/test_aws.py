@@ -28,12 +28,13 @@ from dask_nn.clusters.aws_ec2 import (
     ec2_arguments,
     ended_workers,
 )
+from dask_nn.clusters.aws_ending import end_machines
 from dask_nn.clusters.aws_fargate import fargate_arguments, fargate_size
 from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 IMAGE = "registry.example.com/dask-nn:1"
 EC2 = {"image": IMAGE, "instance_type": "m7i.large", "security_groups": ["sg-1"]}
@@ -72,14 +73,16 @@ def account(no_account: None, moto: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_worker_gets_its_threads_memory_and_preloads():
-    arguments = ec2_arguments(request(cores=2, memory="3 GB", preload=("torch", "json")), "token")
+    options = EC2 | {"instance_tags": {"owner": "me", "dask-nn-cluster": "another"}}
+    asked = request(options, cores=2, memory="3 GB", preload=("torch", "json"))
+    arguments = ec2_arguments(asked, "token")
     assert arguments["worker_options"] == {
         "nthreads": 2,
         "memory_limit": 3_000_000_000,
         "preload": ["torch", "json"],
         "death_timeout": "300s",
     }
-    assert arguments["instance_tags"] == {"dask-nn-cluster": "token"}
+    assert arguments["instance_tags"] == {"owner": "me", "dask-nn-cluster": "token"}
     assert arguments["docker_image"] == IMAGE
 
 
@@ -136,6 +139,7 @@ def test_a_machine_that_cannot_hold_the_worker_is_refused(asked, machine, messag
         ({"service": "lambda"}, {}, "service must be"),
         ({"instance_type": "m7i.large"}, {}, "needs image"),
         ({"image": IMAGE}, {}, "needs instance_type"),
+        ({"service": "fargate", "image": ""}, {}, "needs image"),
         (EC2 | {"worker_instance_type": "m7i.large"}, {}, "give either"),
         (EC2 | {"instancetype": "x"}, {}, "did you mean 'instance_type'"),
         (EC2 | {"protocol": "tcp"}, {"security": True}, "is without TLS"),
@@ -181,6 +185,24 @@ def test_a_missing_account_is_one_clear_error(no_account, region, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("AWS_PROFILE", {}, "configuration cannot be used: .*nobody"),
+        ("X", {"region": "no region"}, "no region"),
+    ],
+)
+def test_a_profile_or_region_that_cannot_be_is_one_clear_error(
+    account, monkeypatch, name, options, message
+):
+    monkeypatch.setenv(name, "nobody")
+    with (
+        pytest.raises((ConfigurationError, ClusterError), match=message),
+        dask_nn.cluster("aws", workers=1, **(EC2 | options)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"instance_type": "m7x.large"}, "AWS refused .*do not exist: .m7x.large"),
@@ -203,6 +225,48 @@ def test_an_account_that_does_not_answer_is_an_error(account, monkeypatch):
         dask_nn.cluster("aws", workers=1, **EC2),
     ):
         pass
+
+
+class Looks:
+    """An account in which each look at a machine finds the next of some states."""
+
+    region = "eu-central-1"
+
+    def __init__(self, *states: str | Exception) -> None:
+        self.states = list(states)
+        self.ended: list[list[str]] = []
+
+    def instances(self, tag: str, value: str) -> list[dict[str, Any]]:
+        assert (tag, value) == ("dask-nn-cluster", "token")
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return [{"InstanceId": "i-1", "State": {"Name": state}}] if state else []
+
+    def ask(self, service: str, call: Callable[[Any], Any]) -> None:
+        call(self)
+
+    def terminate_instances(self, InstanceIds: list[str]) -> None:
+        self.ended.append(InstanceIds)
+
+
+def test_a_machine_that_aws_shows_late_is_ended_as_well(caplog):
+    account = Looks("", "pending", ClusterError("busy"), "running", "shutting-down", "terminated")
+    end_machines(account, "token", look_every_s=0)
+    assert account.ended == [["i-1"], ["i-1"]]
+    assert account.states == ["terminated"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("states", "reason"),
+    [(["running", ConfigurationError("expired")], "expired"), (["stopping"], "within 0 s")],
+)
+def test_machines_whose_end_cannot_be_seen_are_named_with_what_ends_them(caplog, states, reason):
+    end_machines(Looks(*states), "token", look_every_s=0, timeout_s=0 if len(states) == 1 else 60)
+    [record] = caplog.records
+    for part in (reason, "i-1", "Name=tag:dask-nn-cluster,Values=token", "terminate-instances"):
+        assert part in record.message
 
 
 @pytest.mark.parametrize(
@@ -233,9 +297,9 @@ def test_a_fargate_worker_gets_its_threads_memory_and_preloads():
     assert wanted.items() <= arguments.items()
 
 
-@pytest.fixture
-def region(tmp_path: Path, unavailable: Any) -> Any:
-    """Run a job in a region of AWS of its own."""
+@pytest.fixture(scope="module")
+def region(tmp_path_factory: pytest.TempPathFactory, unavailable: Any) -> Any:
+    """Run jobs, one after the other, in a region of AWS of their own."""
     unshare, ip = shutil.which("unshare"), shutil.which("ip")
     if unshare is None or ip is None:
         unavailable("a region needs unshare (util-linux) and ip (iproute2)")
@@ -244,20 +308,20 @@ def region(tmp_path: Path, unavailable: Any) -> Any:
     if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
         unavailable("a region needs namespaces for network and processes, which need root")
 
-    def run(options: dict[str, Any], interrupt: int = 0) -> dict[str, Any]:
-        options = {"image": IMAGE, "security_groups": ["@GROUP@"], **options}
-        python = sys.executable
-        job = [python, training_job.__file__, "aws", json.dumps(options)]
-        machines = [*alone, python, aws_machines.__file__, tmp_path, str(interrupt)]
+    def run(*jobs: dict[str, Any], interrupt: int = 0) -> dict[str, Any]:
+        image = {"image": IMAGE, "security_groups": ["@GROUP@"]}
+        python, folder = sys.executable, tmp_path_factory.mktemp("region")
+        job = [python, training_job.__file__, "aws", *(json.dumps(image | own) for own in jobs)]
+        machines = [*alone, python, aws_machines.__file__, folder, str(interrupt)]
         done = subprocess.run(
             [*machines, "--", *job],
             check=False,
             capture_output=True,
             text=True,
-            timeout=JOB_TIMEOUT_S,
+            timeout=JOB_TIMEOUT_S * len(jobs),
         )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(done.stdout) | {"folder": folder}
 
     return run
 
@@ -269,18 +333,42 @@ def states(said: dict[str, Any]) -> list[str]:
     return [instance["State"]["Name"] for instance in said["instances"]]
 
 
-@pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(region):
-    greeting = 'it\'s "5 $" `x`'
-    said = region({"workers": 2, "memory": "3 GB", "env": {"GREETING": greeting}, **EC2_JOB})
+GREETING = 'it\'s "5 $" `x`'
+
+
+@pytest.fixture(scope="module")
+def trained(region) -> dict[str, Any]:
+    """Train on machines, then in containers, from one client."""
+    said = region(
+        {"workers": 2, "memory": "3 GB", "env": {"GREETING": GREETING}, **EC2_JOB},
+        {
+            "service": "fargate",
+            "workers": 2,
+            "memory": "3 GiB",
+            "env": {"GREETING": "hello"},
+            "fargate_use_private_ip": True,
+        },
+    )
     assert said["returncode"] == 0, said["err"]
+    said["told"] = [json.loads(line) for line in said["out"].splitlines()]
+    return said
+
+
+@pytest.mark.timeout(3 * JOB_TIMEOUT_S)
+def test_training_on_ec2_gives_the_bits_of_local_training_and_ends_all_machines(trained):
+    said = trained
     assert said["err"] == ""
-    told = json.loads(said["out"])
+    told, _ = said["told"]
     assert told["cluster"] == told["local"]
     assert told["workers"] == 2
-    assert told["env"] == [greeting, greeting]
+    assert told["env"] == [GREETING, GREETING]
     assert told["address"].startswith("tls://")
     assert states(said) == ["terminated"] * 3
+    [scheduler, *_] = said["instances"]
+    # A rule for the members of a security group lets only these in.
+    private = f"tls://{scheduler['PrivateIpAddress']}:8786"
+    started = [file.read_text() for file in said["folder"].glob("i-*.yaml")]
+    assert sum(private in text for text in started) == 2
 
 
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)
@@ -299,19 +387,10 @@ def test_a_scheduler_whose_container_fails_is_an_error_and_its_machine_ends(regi
     assert states(said) == ["terminated"]
 
 
-@pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_training_on_fargate_gives_the_bits_of_local_training_and_leaves_nothing(region):
-    said = region(
-        {
-            "service": "fargate",
-            "workers": 2,
-            "memory": "3 GiB",
-            "env": {"GREETING": "hello"},
-            "fargate_use_private_ip": True,
-        }
-    )
-    assert said["returncode"] == 0, said["err"]
-    told = json.loads(said["out"])
+@pytest.mark.timeout(3 * JOB_TIMEOUT_S)
+def test_training_on_fargate_gives_the_bits_of_local_training_and_leaves_nothing(trained):
+    said = trained
+    _, told = said["told"]
     assert told["cluster"] == told["local"]
     assert told["env"] == ["hello", "hello"]
     assert told["address"].startswith("tls://")

@@ -16,12 +16,13 @@ from kubernetes_api import KubernetesApi
 from kubernetes_schemas import errors_of
 
 import dask_nn
+from dask_nn.clusters.kubernetes_pods import merge_pod
 from dask_nn.clusters.kubernetes_resources import (
     KubernetesOptions,
     autoscaler_resource,
     cluster_resource,
 )
-from dask_nn.clusters.kubernetes_tls import tls_secret
+from dask_nn.clusters.kubernetes_tls import security_in, tls_secret
 from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ClusterError, ConfigurationError
 
@@ -122,6 +123,44 @@ def test_with_tls_each_role_finds_its_own_keys_where_the_secret_is_mounted(full)
         assert {Path(name).stem for name in named} == roles | {"ca"}
 
 
+def test_a_users_own_fields_leave_shared_memory_and_certificates_where_they_are(full):
+    own = {
+        "volumes": [{"name": "data", "hostPath": {"path": "/data"}}],
+        "containers": [
+            {"name": "worker", "volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+            {"name": "sidecar", "image": "sidecar:1"},
+        ],
+        "tolerations": [{"key": "spot", "operator": "Exists"}],
+        "nodeSelector": {"zone": "a"},
+        "priorityClassName": "low",
+    }
+    cluster = resource({**FULL_OPTIONS, "worker_pod": own}, **FULL)
+    assert errors_of(cluster) == []
+    pod, before = cluster["spec"]["worker"]["spec"], full["spec"]["worker"]["spec"]
+    assert pod["volumes"] == before["volumes"] + own["volumes"]
+    assert pod["tolerations"] == before["tolerations"] + own["tolerations"]
+    assert pod["nodeSelector"] == {"pool": "gpu", "zone": "a"}
+    assert pod["priorityClassName"] == "low"
+    [container, sidecar] = pod["containers"]
+    [unchanged] = before["containers"]
+    mounts = unchanged["volumeMounts"] + own["containers"][0]["volumeMounts"]
+    assert container == unchanged | {"volumeMounts": mounts}
+    assert sidecar == own["containers"][1]
+
+
+def test_of_two_entries_with_one_name_the_users_counts():
+    pod = {"containers": [{"name": "worker", "env": [{"name": "A", "value": "1"}], "args": ["a"]}]}
+    own = {"containers": [{"name": "worker", "env": [{"name": "A", "value": "2"}], "args": ["b"]}]}
+    assert merge_pod(pod, own) == own
+
+
+def test_amounts_may_be_written_as_kubernetes_writes_them():
+    cluster = resource({"scheduler_cores": "500m", "scheduler_memory": "3Gi"})
+    assert errors_of(cluster) == []
+    _, container = pod_of("scheduler", cluster)
+    assert container["resources"]["limits"] == {"cpu": "500m", "memory": str(3 * 2**30)}
+
+
 def test_without_tls_there_is_no_secret_anywhere():
     assert "tls" not in json.dumps(resource())
 
@@ -133,6 +172,12 @@ def test_the_secret_holds_certificates_given_as_text_or_as_files(tmp_path):
     as_file.tls_worker_key = str(tmp_path / "key.pem")
     assert tls_secret("s", as_file)["stringData"]["worker.key"] == security.tls_worker_key
     assert tls_secret("s", security)["stringData"]["ca.crt"] == security.tls_ca_file
+
+
+def test_a_secret_that_lacks_a_certificate_of_the_client_is_named():
+    secret = {"metadata": {"name": "own"}, "data": {"ca.crt": "", "client.key": ""}}
+    with pytest.raises(ConfigurationError, match=r"'own' has no client\.crt; it has ca\.crt,"):
+        security_in(secret)
 
 
 @pytest.mark.parametrize("value", [None, "/nowhere/key.pem"])
@@ -188,6 +233,13 @@ def test_the_autoscaler_is_what_the_operators_schema_allows():
         ({"image": IMAGE, "service_type": "Ingress"}, "must be one of ClusterIP"),
         ({"image": IMAGE, "shared_memory": "large"}, "must be a size with its unit"),
         ({"image": IMAGE, "worker_pod": "x"}, "worker_pod must be a mapping"),
+        ({"image": IMAGE, "scheduler_cores": "half"}, "scheduler_cores must be a positive number"),
+        ({"image": IMAGE, "scheduler_memory": "0 GB"}, "scheduler_memory must be a size"),
+        ({"image": IMAGE, "tolerations": {"key": "x"}}, "tolerations must be a list of mappings"),
+        ({"image": IMAGE, "node_selector": {"gpu": True}}, "node_selector must be a mapping of"),
+        ({"image": IMAGE, "idle_timeout_s": "1h"}, "idle_timeout_s must be a whole number"),
+        ({"image": IMAGE, "name": "My_Cluster"}, "name must be small letters"),
+        ({"image": IMAGE, "name": "n" * 54}, "name must be small letters, .* at most 53"),
     ],
 )
 def test_an_option_that_cannot_work_is_answered_before_anything_is_posted(options, message):
@@ -241,8 +293,10 @@ def test_training_over_tls_on_the_pods_of_the_resource_gives_the_bits_of_local_t
 
 
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_adapt_posts_an_autoscaler_and_ctrl_c_deletes_everything(api):
-    job = start_job(adapt=[1, 3])
+def test_adapt_posts_an_autoscaler_and_ctrl_c_deletes_everything_but_a_users_own_secret(api):
+    """The autoscaler is posted when workers are there, and so over TLS."""
+    api.store("secrets", tls_secret("own", Security.temporary()), "training")
+    job = start_job(adapt=[1, 3], tls_secret="own")  # noqa: S106 - the name of a secret
     try:
         deadline = time.monotonic() + JOB_TIMEOUT_S
         while not api.posted("DaskAutoscaler"):
@@ -252,23 +306,29 @@ def test_adapt_posts_an_autoscaler_and_ctrl_c_deletes_everything(api):
         [posted] = api.posted("DaskAutoscaler")
         assert posted["spec"]["minimum"] == 1
         assert posted["spec"]["maximum"] == 3
+        [cluster] = api.posted("DaskCluster")
+        assert "tls://" in json.dumps(cluster)
         os.killpg(job.pid, signal.SIGINT)
         job.communicate(timeout=JOB_TIMEOUT_S)
     finally:
         job.kill()
         job.wait(10)
     assert job.returncode != 0
+    assert list(api.objects["secrets"]) == ["own"]
+    api.objects["secrets"].clear()
+    assert not api.posted("Secret")
 
 
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)
-def test_ctrl_c_while_the_cluster_starts_deletes_what_was_posted(api):
-    job = start_job(workers=1, security=True)
+def test_a_scheduler_for_all_to_reach_has_tls_and_ctrl_c_at_the_start_deletes_what_was_posted(api):
+    job = start_job(workers=1, service_type="NodePort")
     try:
         deadline = time.monotonic() + JOB_TIMEOUT_S
         while not api.posted("DaskCluster"):
             assert job.poll() is None, job.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert len(api.posted("Secret")) == 1
         os.killpg(job.pid, signal.SIGINT)
         job.communicate(timeout=JOB_TIMEOUT_S)
     finally:
@@ -277,25 +337,37 @@ def test_ctrl_c_while_the_cluster_starts_deletes_what_was_posted(api):
     assert job.returncode != 0
 
 
-def test_a_cluster_without_the_operator_is_told_to_install_it(tmp_path):
+REFUSED = """
+import json, sys
+import dask_nn
+for options in json.loads(sys.argv[1]):
+    try:
+        with dask_nn.cluster("kubernetes", **options):
+            pass
+    except dask_nn.errors.DaskNNError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_what_kubernetes_lacks_or_has_already_is_said_and_left_as_it_is(tmp_path):
     with KubernetesApi(tmp_path, installed=False) as api:
+        theirs = resource({"name": "theirs"})
+        api.store("daskclusters", theirs, "training")
+        asked = ({"security": True}, {"name": "theirs"}, {"tls_secret": "own"})
         job = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                (
-                    "import dask_nn\n"
-                    f"with dask_nn.cluster('kubernetes', security=True, image={IMAGE!r}):"
-                    " pass"
-                ),
-            ],
+            [sys.executable, "-c", REFUSED, json.dumps([{"image": IMAGE, **own} for own in asked])],
             env={**os.environ, "KUBECONFIG": str(api.kubeconfig)},
             check=False,
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert ClusterError.__name__ in job.stderr
-        assert "install the Dask operator" in job.stderr
+        without_operator, same_name, without_secret = job.stdout.splitlines()
+        assert without_operator.startswith(ClusterError.__name__)
+        assert "install the Dask operator" in without_operator
+        assert "theirs already exists" in same_name
+        assert without_secret.startswith(ConfigurationError.__name__)
+        assert "there is no tls_secret 'own' in 'training'" in without_secret
         assert len(api.posted("Secret")) == 1
+        assert api.objects["daskclusters"].pop("theirs") is theirs
         assert not any(api.objects.values())

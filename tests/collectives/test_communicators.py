@@ -13,6 +13,7 @@ from dask_nn.collectives.make import make_communicator
 from dask_nn.collectives.rendezvous import LocalRendezvous, Rendezvous
 from dask_nn.errors import ConfigurationError
 from dask_nn.testing.communicator_suite import (
+    WAKE_S,
     CommunicatorSuite,
     PeerSuite,
     cross_barriers,
@@ -20,7 +21,7 @@ from dask_nn.testing.communicator_suite import (
     values,
     wait_until_ended,
 )
-from dask_nn.testing.gangs import Gang, ProcessGang, ThreadGang
+from dask_nn.testing.gangs import Factory, Gang, ProcessGang, ThreadGang
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,6 +189,17 @@ class TestHosts(CommunicatorSuite, PeerSuite, KilledPeerSuite):
         for outcome in outcomes[:4]:
             assert outcome.value[0] == "Aborted"
             assert outcome.value[1] - ended < 1.0
+
+
+@pytest.mark.parametrize(
+    "factory", [partial(make, "shared_memory"), make_by_mail, make_on_hosts_by_mail]
+)
+def test_what_a_rank_watches_ends_its_wait(factory: Factory) -> None:
+    """Whether it waits for its own host or for another one."""
+    outcomes = ThreadGang(factory).run(3, wait_until_ended, "collect", "watch", timeout_s=30.0)
+    (_, began), (error, ended), _ = values(outcomes)
+    assert error == "Aborted"
+    assert ended - began < WAKE_S
 
 
 @pytest.mark.parametrize("hosts", [(4,), (1, 3), (3, 1), (2, 2), (1, 1, 1, 1), (1, 2, 1)])

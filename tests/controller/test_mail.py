@@ -6,12 +6,14 @@ import logging
 from typing import TYPE_CHECKING
 
 import pytest
-from distributed import Client, LocalCluster, Security
+from distributed import Client, LocalCluster, Security, get_worker
 
+from dask_nn.controller.mail import WorkerMailbox, open_post_office
 from dask_nn.testing.communicator_suite import (
     CommunicatorSuite,
     PeerSuite,
     exchange_leaves,
+    open_communicator,
     values,
     wait_until_ended,
 )
@@ -19,6 +21,8 @@ from dask_nn.testing.worker_gangs import WorkerGang
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from dask_nn.collectives.base import Communicator
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,41 @@ def test_a_leaf_that_is_no_float_buffer_of_dask_travels_too(tls_client: Client) 
     gang = WorkerGang(tls_client, "dask")
     digests = values(gang.run(2, exchange_leaves, 2, 3_000_001, 3, "float64"))
     assert digests[0] == digests[1]
+
+
+def test_letters_take_none_of_the_connections_that_the_worker_has_for_all_else(
+    tls_client: Client,
+) -> None:
+    """There are 512 of those, for any number of peers."""
+
+    def pooled(communicator: Communicator) -> int:
+        open_communicator(communicator, 3, 10)
+        communicator.barrier()
+        own = get_worker()
+        peers = own.rpc.occupied.keys() - {own.scheduler.address}
+        found = sum(len(own.rpc.occupied[peer]) for peer in peers)
+        communicator.barrier()
+        return found
+
+    assert values(WorkerGang(tls_client, "dask").run(3, pooled)) == [0, 0, 0]
+
+
+def test_a_worker_that_is_closed_is_lost_although_its_process_goes_on() -> None:
+    with LocalCluster(
+        n_workers=2, processes=False, dashboard_address=":0", silence_logs=logging.CRITICAL
+    ) as cluster:
+        workers = list(cluster.workers.values())
+        boxes = [WorkerMailbox(worker, "gang") for worker in workers]
+        for worker in workers:
+            open_post_office(worker)
+        addresses = [box.register(member) for member, box in enumerate(boxes)]
+        boxes[1].connect(0, addresses[0])
+        assert boxes[0].await_peers([1], timeout_s=20)
+        cluster.sync(workers[1].close)
+        with pytest.raises(ConnectionError):
+            boxes[0].receive(1, timeout_s=20)
+        for box in boxes:
+            box.close()
 
 
 def test_a_killed_worker_ends_the_exchange_at_once(tls_client: Client) -> None:

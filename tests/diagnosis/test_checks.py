@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 
 import pytest
 
+from dask_nn.controller.worker_side import _host_identity
 from dask_nn.diagnosis.checks.memory import needed_bytes
 from dask_nn.diagnosis.examine import examine
 from dask_nn.diagnosis.facts import Clock, ClusterFacts, DataFacts, Link, ProcessFacts
+from dask_nn.diagnosis.probe import describe_process
 from dask_nn.diagnosis.report import Report, fail, ok, some, warn
 
 GIB = 1 << 30
@@ -23,6 +26,9 @@ VERSIONS = {
     "dask-nn": "0.1.0",
 }
 CARD = {"uuid": "GPU-1", "name": "NVIDIA H100", "memory_mib": 81_559}
+
+SECOND_CARD = CARD | {"uuid": "GPU-2"}
+TWO_CARDS = {"gpus": [CARD, SECOND_CARD], "num_cuda_devices": 1, "nccl": True}
 
 
 def worker(address: str, **changes: object) -> ProcessFacts:
@@ -143,6 +149,27 @@ FAULTS = {
         {"first": ONE_HOST, "second": ONE_HOST | {"shared_free_bytes": 0, "scratch_free_bytes": 0}},
         ("shared memory", "fail", f"0 B free on {SECOND}", "--shm-size"),
     ),
+    "little shared memory": (
+        {"first": ONE_HOST, "second": ONE_HOST | {"shared_free_bytes": 1 << 20}},
+        ("shared memory", "warn", f"1.00 MiB free on {SECOND}", "--shm-size"),
+    ),
+    "containers that do not share their network": (
+        {"first": ONE_HOST, "second": ONE_HOST | {"network": "container"}},
+        ("shared memory", "warn", "exchange by gloo", "--ipc=host"),
+    ),
+    "a scheduler elsewhere than its workers, without TLS": (
+        {"first": ONE_HOST, "second": ONE_HOST},
+        ("encryption", "warn", "none (tcp), and there are 2 hosts", "TLS"),
+    ),
+    "a client elsewhere than its cluster, without TLS": (
+        {
+            "first": ONE_HOST,
+            "second": ONE_HOST,
+            "scheduler": worker(SCHEDULER, **ONE_HOST),
+            "client": ProcessFacts(versions=VERSIONS, machine="laptop", network="laptop"),
+        },
+        ("encryption", "warn", "none (tcp), and there are 2 hosts", "TLS"),
+    ),
     "containers that do not share /dev/shm": (
         {"first": ONE_HOST, "second": ONE_HOST | {"shared_place": "host-2"}},
         ("shared memory", "warn", "exchange by gloo", "--ipc=host"),
@@ -155,6 +182,25 @@ FAULTS = {
         {"fingerprints": {FIRST: "aa", SECOND: "aa", "": "bb"}},
         ("bits", "warn", "not with this client", "ATEN_CPU_CAPABILITY"),
     ),
+    "a worker that cannot compute": (
+        {
+            "fingerprints": {FIRST: "aa", "": "aa"},
+            "fingerprint_errors": {SECOND: "RuntimeError: illegal instruction"},
+        },
+        ("bits", "fail", f"fails on {SECOND}: RuntimeError: illegal instruction", "mend PyTorch"),
+    ),
+    "a worker that does not answer in time": (
+        {"fingerprints": {FIRST: "aa", "": "aa"}, "fingerprints_unknown": {SECOND: "hangs"}},
+        ("bits", "warn", f"equal on 1 worker; not computed on {SECOND} (hangs)", "--timeout"),
+    ),
+    "a client that cannot import": (
+        {"fingerprints": {}, "fingerprints_unknown": {"": "torch: no module"}},
+        ("bits", "warn", "not computed: the client (torch: no module)", "torch"),
+    ),
+    "a client that cannot compute": (
+        {"fingerprints": {FIRST: "aa", SECOND: "aa"}, "fingerprint_errors": {"": "no memory"}},
+        ("bits", "warn", "equal on 2 workers; not computed on the client (no memory)", "logs"),
+    ),
     "a card that PyTorch does not see": (
         {"first": {"gpus": [CARD]}},
         ("GPU", "warn", f"no CUDA device on {FIRST}", "PyTorch with CUDA"),
@@ -164,19 +210,30 @@ FAULTS = {
             "first": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
             "second": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
         },
-        ("GPU", "warn", "2 workers on 10.0.0.1 share 1 card", "CUDA_VISIBLE_DEVICES"),
+        ("GPU", "warn", f"2 workers share one card: {FIRST}, {SECOND}", "CUDA_VISIBLE_DEVICES"),
+    ),
+    "one card of two for two workers": (
+        {
+            "first": ONE_HOST | TWO_CARDS | {"environment": {"CUDA_VISIBLE_DEVICES": "1"}},
+            "second": ONE_HOST | TWO_CARDS | {"environment": {"CUDA_VISIBLE_DEVICES": "GPU-2"}},
+        },
+        ("GPU", "warn", f"2 workers share one card: {FIRST}, {SECOND}", "CUDA_VISIBLE_DEVICES"),
+    ),
+    "a worker that sees more cards than it uses": (
+        {"first": TWO_CARDS | {"num_cuda_devices": 2}},
+        ("GPU", "warn", f"{FIRST} uses 1 of the 2 cards that it sees", "one worker for each"),
     ),
     "cards without nccl": (
         {
             "first": {"gpus": [CARD], "num_cuda_devices": 1},
-            "second": {"gpus": [CARD], "num_cuda_devices": 1},
+            "second": {"gpus": [SECOND_CARD], "num_cuda_devices": 1},
         },
         ("GPU", "warn", "without nccl", "with CUDA"),
     ),
     "cards of two kinds": (
         {
             "first": {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-            "second": {"gpus": [CARD | {"name": "T4"}], "num_cuda_devices": 1, "nccl": True},
+            "second": {"gpus": [SECOND_CARD | {"name": "T4"}], "num_cuda_devices": 1, "nccl": True},
         },
         ("GPU", "warn", "mixed: NVIDIA H100, T4", "one kind"),
     ),
@@ -241,6 +298,10 @@ FAULTS = {
         {"data": DataFacts(lengths=(10,), num_blocks=1, row_bytes=8)},
         ("blocks", "warn", "fewer than the 2 workers", "several blocks"),
     ),
+    "a scheduler that does not tell where data lies": (
+        {"data": DataFacts(lengths=(10, 10), num_blocks=2, places_problem="no answer")},
+        ("placement", "warn", "not known: no answer", "--timeout"),
+    ),
 }
 
 
@@ -265,12 +326,48 @@ def test_a_loopback_address_among_several_hosts():
 
 def test_a_clock_that_cannot_be_told_from_a_slow_answer_is_in_order():
     facts = cluster(clocks={FIRST: Clock(offset_s=2.0, error_s=1.5)})
-    assert examine(facts)["clocks"].status == "ok"
+    line = examine(facts)["clocks"]
+    assert line.status == "ok"
+    assert line.found.startswith(
+        f"not known well enough, as the answer took too long: {FIRST} (1.5"
+    )
+
+
+def test_data_that_is_about_to_be_held_lies_nowhere_yet():
+    data = DataFacts(lengths=(10, 10), num_blocks=2, rows_held={})
+    line = examine(cluster(data=data))["placement"]
+    assert (line.status, line.found) == ("ok", "nothing is held by workers yet")
+
+
+def seeing(listed: str, count: int = 1) -> dict:
+    environment = {"CUDA_VISIBLE_DEVICES": listed}
+    return ONE_HOST | TWO_CARDS | {"environment": environment, "num_cuda_devices": count}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        (seeing("0"), seeing("GPU-2"), "NVIDIA H100"),
+        (seeing("0,1", 2), seeing("1,0", 2), "NVIDIA H100"),
+        (TWO_CARDS | {"gpus": [CARD]}, TWO_CARDS | {"gpus": [SECOND_CARD]}, "NVIDIA H100"),
+        (TWO_CARDS | {"gpus": []}, TWO_CARDS | {"gpus": []}, "cards that nvidia-smi does not name"),
+    ],
+)
+def test_workers_that_each_have_a_card_are_in_order(first, second, name):
+    line = examine(cluster(first=first | {"cuda": "12.8"}, second=second))["GPU"]
+    assert (line.status, line.found) == ("ok", f"{name}, CUDA 12.8, one for each of 2")
+
+
+def test_a_run_and_the_doctor_mean_the_same_by_a_host():
+    facts = ProcessFacts(**asyncio.run(describe_process()))
+    assert facts.host == _host_identity()
 
 
 def test_builds_of_one_version_of_torch_are_the_same_version():
     facts = cluster(first={"versions": VERSIONS | {"torch": "2.13.0+cpu"}})
-    assert examine(facts)["torch"].status == "ok"
+    line = examine(facts)["torch"]
+    assert line.status == "ok"
+    assert line.found == "2.13.0 in the client, 2.13.0+cpu elsewhere: fits"
 
 
 def test_one_rank_on_a_host_needs_no_shared_memory():

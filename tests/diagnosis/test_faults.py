@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import dask.array as da
 import pytest
@@ -16,6 +18,7 @@ from distributed import Client, wait
 
 from dask_nn.cli.main import nn
 from dask_nn.diagnosis.doctor import doctor
+from dask_nn.diagnosis.read_data import read_data, with_places
 
 # The report of all faults is made once, in the setup of the first test.
 pytestmark = pytest.mark.timeout(400)
@@ -56,12 +59,13 @@ def test_mixed_thread_counts(report, named):
 
 
 @pytest.mark.usefixtures("_needs_namespaces")
-def test_a_tiny_shared_memory(report, named):
+def test_a_shared_memory_of_its_own(report, named):
+    """A run counts the worker as another host."""
     line = report["shared memory"]
     assert line.status == "warn"
-    assert f"1.00 MiB free on {named['tiny-shared-memory']}" in line.found
-    assert "--shm-size" in line.remedy
-    assert named["healthy"] not in line.found
+    assert "do not share one: they exchange by gloo" in line.found
+    assert "--ipc=host" in line.remedy
+    assert line.details["workers"][named["tiny-shared-memory"]]["bytes"] == 1 << 20
 
 
 def test_a_memory_limit_that_is_too_low(report, named):
@@ -169,6 +173,28 @@ def test_blocks_on_one_worker(client):
     assert line.found == f"skewed: 400 of 400 rows lie on {first}"
     assert "client.rebalance()" in line.remedy
     assert line.details["rows_held"] == {first: 400, second: 0}
+    silent = SimpleNamespace(scheduler=SimpleNamespace(who_has=_never))
+    facts = asyncio.run(with_places(read_data(X), X, silent, 0.01))
+    assert facts.rows_held is None
+    assert facts.places_problem == "no answer of the scheduler within 0.01 s"
+
+
+async def _never(keys):
+    await asyncio.Event().wait()
+
+
+class _Refusing:
+    """A function that a worker cannot compute."""
+
+    def __reduce__(self):
+        return eval, ("lambda: 1 / 0",)
+
+
+def test_what_computing_the_test_batch_raises_is_the_reason(client, monkeypatch):
+    monkeypatch.setattr("dask_nn.diagnosis.canary.standard_fingerprint", _Refusing())
+    line = doctor(client=client)["bits"]
+    assert line.status == "fail"
+    assert "division by zero" in line.found
 
 
 def test_blocks_of_very_different_lengths(client):

@@ -70,6 +70,17 @@ def test_slurm_is_asked_where_it_does_not_say_when_a_job_ends(tmp_path, monkeypa
     assert facts.ends_at_s["SLURM_JOB_END_TIME"] == ends
 
 
+def test_a_job_of_this_package_says_when_it_ends_where_its_batch_system_does_not(monkeypatch):
+    monkeypatch.setenv("DASK_NN_JOB_END_TIME", "2000000000")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    facts = ProcessFacts(**asyncio.run(describe_process()))
+    assert facts.ends_at_s["DASK_NN_JOB_END_TIME"] == 2_000_000_000
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1900000000")
+    facts = ProcessFacts(**asyncio.run(describe_process()))
+    assert "DASK_NN_JOB_END_TIME" not in facts.ends_at_s
+
+
 def test_the_lifetime_of_a_worker_counts_from_its_start():
     class Server:
         lifetime = 3600.0

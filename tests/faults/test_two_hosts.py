@@ -11,19 +11,23 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Security
+from distributed import Security, get_worker
 from torch import nn
 from torch.optim import SGD
 
 import dask_nn
 from dask_nn.callbacks.progress import sentence
+from dask_nn.controller import keeping
 from dask_nn.errors import ConfigurationError
 from dask_nn.testing.capture import Capture, listening_ports
 from dask_nn.testing.faults import Fault, clear_faults, install, pretend_cores
 from dask_nn.testing.network import Network, SpreadCluster
+from dask_nn.training.snapshot import Keepsake, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from distributed import Worker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -177,10 +181,37 @@ def use_everything(cluster: SpreadCluster, model: Row) -> None:
     client.compute(predicted).result(timeout=60)
 
 
+def state_values() -> torch.Tensor:
+    return torch.linspace(2.1357, 2.9753, FEATURES)
+
+
+def leave_state(dask_worker: Worker) -> None:
+    keeping.serve_states(dask_worker)
+    snapshot = Snapshot(weights={"weight": state_values()}, optimizer={})
+    keeping.keep(dask_worker.address, "planted", 1, Keepsake(snapshot=snapshot))
+
+
+def take_state(address: str) -> bool:
+    source = keeping.StateSource(address=address, generation=1, position=keeping.Position(0, 0))
+    snapshot = keeping.fetch_state(get_worker(), source, "planted", lambda: None)
+    return torch.equal(snapshot.weights["weight"], state_values())
+
+
+def copy_a_state(cluster: SpreadCluster) -> dict[str, bytes]:
+    """Copy a state from one host to the other, as a rank does that joins a run."""
+    addresses = sorted(cluster.client.scheduler_info(n_workers=-1)["workers"])
+    first, last = addresses[0], addresses[-1]
+    cluster.client.run(leave_state, workers=[first])
+    assert cluster.client.submit(take_state, first, workers=[last], pure=False).result(60)
+    cluster.client.run(keeping.forget, "planted", workers=[first])
+    return {"copied state": state_values()[:4].numpy().tobytes()}
+
+
 def test_without_tls_the_capture_finds_every_planted_float(network, clear):
     """So that finding none with TLS says something; and the process group listens."""
     with Capture(interfaces(network)) as capture:
         result, patterns, ports = planted_run(clear)
+        patterns |= copy_a_state(clear)
     assert result.run.collective == "shared_memory+gloo"
     assert not capture.dropped
     found = capture.find(patterns)
@@ -194,6 +225,7 @@ def test_with_tls_nothing_of_a_run_is_in_the_capture(network, tls, heard):
         result, patterns, ports = planted_run(tls)
         graph, more, _ = planted_run(tls, engine="graph", callbacks=[heard])
         use_everything(tls, result.model)
+        patterns |= copy_a_state(tls)
     assert result.run.collective == "shared_memory+dask"
     assert graph.weights_sha256 == result.weights_sha256
     assert not capture.dropped

@@ -96,7 +96,7 @@ class Region:
         for instance in self.instances():
             name, state = instance["InstanceId"], instance["State"]["Name"]
             if state == "running" and name not in self.machines:
-                self._boot(name, instance["PublicIpAddress"])
+                self._boot(name, instance)
             elif state in {"shutting-down", "terminated"} and name in self.machines:
                 self._end(name)
             elif state == "running" and self.machines[name][0].poll() is not None:
@@ -164,14 +164,16 @@ class Region:
             "groups": [g["GroupName"] for g in groups if g["GroupName"] != "default"],
         }
 
-    def _boot(self, name: str, address: str) -> None:
+    def _boot(self, name: str, instance: dict[str, Any]) -> None:
         answer = self.ec2.describe_instance_attribute(InstanceId=name, Attribute="userData")
         text = base64.b64decode(answer["UserData"]["Value"]).decode()
         assert text.startswith("#cloud-config")
         commands = yaml.safe_load(text)["runcmd"]
         # Nothing else may run on the machine that plays this one.
         assert [command.split()[0] for command in commands] == ["docker", "shutdown"], commands
-        _give_address(address)
+        address = instance["PublicIpAddress"]
+        for each in (address, instance["PrivateIpAddress"]):
+            _give_address(each)
         (self.folder / f"{name}.yaml").write_text(text)
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -219,8 +221,12 @@ def _start_moto(folder: Path) -> subprocess.Popen[bytes]:
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT)],
-            # Roles need the policies of AWS.
-            env={**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+            # Roles need the policies of AWS. Its thousand images would take seconds to make.
+            env={
+                **os.environ,
+                "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+                "MOTO_EC2_LOAD_DEFAULT_AMIS": "false",
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -245,7 +251,7 @@ def main() -> None:
     try:
         region = Region(folder)
         places = {
-            "AMI": region.ec2.describe_images()["Images"][0]["ImageId"],
+            "AMI": region.ec2.register_image(Name="docker")["ImageId"],
             "GROUP": region.ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"],
         }
         for name, place in places.items():

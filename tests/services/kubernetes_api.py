@@ -8,6 +8,7 @@ service, a group of workers. Their containers run as processes of this machine.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import copy
 import threading
@@ -71,6 +72,14 @@ class KubernetesApi:
             if method == "POST" and path.endswith(plural)
         ]
 
+    def store(self, plural: str, item: dict[str, Any], namespace: str) -> None:
+        """Let there be a resource, without what follows from it."""
+        if texts := item.pop("stringData", None):
+            encoded = {key: base64.b64encode(text.encode()).decode() for key, text in texts.items()}
+            item["data"] = item.get("data", {}) | encoded
+        item["metadata"] |= {"namespace": namespace, "uid": str(uuid.uuid4())}
+        self.objects[plural][item["metadata"]["name"]] = item
+
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application()
@@ -133,7 +142,7 @@ class KubernetesApi:
             posted = {**body, "metadata": dict(body["metadata"])}
             if errors := errors_of(posted):
                 return _refuse(422, "Invalid", "; ".join(errors))
-        self._store(plural, body, request.match_info["namespace"])
+        self.store(plural, body, request.match_info["namespace"])
         if plural == "daskclusters":
             await self._operate(body)
         if plural == "daskautoscalers":
@@ -202,9 +211,9 @@ class KubernetesApi:
         self._start_pod(deployment, cluster)
         service = operator.build_scheduler_service_spec(name, spec["scheduler"]["service"], {}, {})
         service["spec"]["clusterIP"] = "10.96.0.10"
-        self._store("services", _owned(service, cluster), namespace)
+        self.store("services", _owned(service, cluster), namespace)
         group = operator.build_default_worker_group_spec(name, spec["worker"], {}, {})
-        self._store("daskworkergroups", _owned(group, cluster), namespace)
+        self.store("daskworkergroups", _owned(group, cluster), namespace)
         await self._scale(group)
         cluster["status"] = {"phase": "Running"}
 
@@ -234,7 +243,7 @@ class KubernetesApi:
         template = deployment["spec"]["template"]
         pod = {"kind": "Pod", "apiVersion": "v1", **copy.deepcopy(template)}
         namespace = owner["metadata"]["namespace"]
-        self._store("pods", _owned(pod, owner), namespace)
+        self.store("pods", _owned(pod, owner), namespace)
         cluster = pod["metadata"]["labels"]["dask.org/cluster-name"]
         service = f"{cluster}-scheduler"
         names = {}
@@ -271,10 +280,6 @@ class KubernetesApi:
 
     def _of(self, request: web.Request) -> dict[str, Any]:
         return self.objects[request.match_info["plural"]]
-
-    def _store(self, plural: str, item: dict[str, Any], namespace: str) -> None:
-        item["metadata"] |= {"namespace": namespace, "uid": str(uuid.uuid4())}
-        self.objects[plural][item["metadata"]["name"]] = item
 
     def _seen(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["kind"] != "Pod":

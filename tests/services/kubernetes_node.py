@@ -7,6 +7,7 @@ arguments and environment. Everything else is the pod's own.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -95,9 +96,9 @@ def _end_group(group: int) -> None:
 
 def _write_secret(folder: Path, volume: dict[str, Any], secrets: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
-    texts = secrets[volume["secretName"]]["stringData"]
+    data = secrets[volume["secretName"]]["data"]
     for item in volume["items"]:
-        (folder / item["path"]).write_text(texts[item["key"]])
+        (folder / item["path"]).write_bytes(base64.b64decode(data[item["key"]]))
 
 
 def _expanded(arg: str, env: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ import dask
 from distributed import Security
 
 from dask_nn.clusters.aws_account import Account
-from dask_nn.clusters.certificates import ROLES, pem_texts
+from dask_nn.clusters.certificates import pem_texts, security_of_texts, tls_settings
 from dask_nn.clusters.optional import import_optional
 from dask_nn.errors import ConfigurationError
 
@@ -46,11 +46,15 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     if request.options.get("protocol") != "tcp" and request.security is None:
         request = replace(request, security=True).with_certificates()
     service = import_module(SERVICES[request.options.get("service", "ec2")])
+    settings: dict[str, Any] = {}
     if isinstance(request.security, Security):
-        request = replace(request, security=_with_texts(request.security))
+        # On another machine there are no files of this one.
+        texts = pem_texts(request.security)
+        request = replace(request, security=security_of_texts(texts))
+        settings = tls_settings(texts)
     # dask-cloudprovider writes the certificates into Dask's configuration and leaves them there.
     with (
-        dask.config.set(_settings(request.security)),
+        dask.config.set(settings),
         service.open_cluster(request, account) as client,
     ):
         yield client
@@ -76,23 +80,9 @@ def check_request(request: ClusterRequest) -> None:
         raise ConfigurationError('protocol="tcp" is without TLS and security asks for it')
     import_optional("dask_cloudprovider.aws", "aws", "aws")
     import_module(SERVICES[name]).check_options(request)
-
-
-def _with_texts(security: Security) -> Security:
-    """Give a Security that means the same on another machine, where there are no such files."""
-    texts = {f"tls_{name}": text for name, text in pem_texts(security).items()}
-    return Security(require_encryption=True, **texts)
-
-
-def _settings(security: Security | bool | None) -> dict[str, Any]:
-    if not isinstance(security, Security):
-        return {}
-    settings: dict[str, Any] = {
-        "distributed.comm.default-scheme": "tls",
-        "distributed.comm.require-encryption": True,
-        "distributed.comm.tls.ca-file": pem_texts(security)["ca_file"],
-    }
-    for role in ROLES:
-        settings[f"distributed.comm.tls.{role}.cert"] = getattr(security, f"tls_{role}_cert")
-        settings[f"distributed.comm.tls.{role}.key"] = getattr(security, f"tls_{role}_key")
-    return settings
+    image: Any = request.options.get("image")
+    if not isinstance(image, str) or not image:
+        raise ConfigurationError(
+            f"service {name!r} needs image, a Docker image with dask-nn and PyTorch that AWS can "
+            f"pull; got {image!r}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +70,22 @@ class Account:
         ClusterError
             If AWS does not answer.
         """
-        botocore = import_optional("botocore.session", "aws", "aws")
-        session = botocore.Session()
-        region = options.get("region") or session.get_config_variable("region")
+        session = import_optional("botocore.session", "aws", "aws").Session()
+        exceptions = import_optional("botocore.exceptions", "aws", "aws")
+        try:
+            region = options.get("region") or session.get_config_variable("region")
+            credentials = session.get_credentials()
+        except exceptions.BotoCoreError as error:
+            raise ConfigurationError(
+                f"AWS's own configuration cannot be used: {error}; see `aws configure "
+                "list-profiles` and AWS_PROFILE"
+            ) from error
         if not isinstance(region, str):
             raise ConfigurationError(
                 f"AWS needs a region, got {region!r}; give region= such as "
                 '"eu-central-1", or set AWS_DEFAULT_REGION'
             )
-        if session.get_credentials() is None:
+        if credentials is None:
             raise ConfigurationError(
                 "no AWS credentials were found; run `aws configure`, or set AWS_PROFILE, or "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -104,17 +112,15 @@ class Account:
             If it does not answer.
         """
         exceptions = import_optional("botocore.exceptions", "aws", "aws")
-        client = self.client(service)
         try:
-            return call(client)
+            with closing(self.client(service)) as client:
+                return call(client)
         except exceptions.ClientError as error:
             raise ConfigurationError(f"AWS refused in region {self.region}: {error}") from error
         except exceptions.BotoCoreError as error:
             raise ClusterError(
                 f"AWS could not be asked ({service} in region {self.region}): {error}"
             ) from error
-        finally:
-            client.close()
 
     def instance_type(self, name: str) -> InstanceType:
         """Look up what a kind of virtual machine has.

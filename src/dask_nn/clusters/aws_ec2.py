@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import json
 import secrets
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,9 @@ from dask_cloudprovider.aws import EC2Cluster
 from dask_cloudprovider.aws.ec2 import EC2Scheduler, EC2Worker
 from distributed.core import Status
 
+from dask_nn.clusters.aws_ending import GONE, TAG, describe, end_machines
 from dask_nn.clusters.aws_options import check_known
+from dask_nn.clusters.loop import see_through
 from dask_nn.clusters.serve import serve
 from dask_nn.errors import ClusterError, ConfigurationError
 
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check_options", "ec2_arguments", "open_cluster"]
 
-TAG = "dask-nn-cluster"
 OWN = ("service", "image", "protocol")
 TAKEN = ("docker_image", "gpu_instance", "worker_module", "command")
 # Machines that nobody uses any more end themselves: those of a client that died.
@@ -43,7 +46,6 @@ DEATH_TIMEOUT = "300s"
 LARGEST_USER_DATA = 16384
 END_TIMEOUT_S = 60
 LOOK_EVERY_S = 2.0
-GONE = {"shutting-down", "terminated"}
 ENDED = GONE | {"stopping", "stopped"}
 CONTAINER_FAILED = (
     "most often because its container did not run; look at `aws ec2 get-console-output "
@@ -52,10 +54,19 @@ CONTAINER_FAILED = (
 
 
 class ReachableScheduler(EC2Scheduler):  # type: ignore[misc]  # ships no annotations
-    """A scheduler whose start does not block the event loop while it cannot be reached."""
+    """A scheduler that workers find inside of AWS, whoever else reaches it from outside."""
+
+    contact_address: str
+
+    async def start(self) -> None:
+        """Make the machine, and wait for its scheduler."""
+        await super().start()
+        # A rule that lets the members of a security group in is about private addresses alone.
+        private = self.instance["PrivateIpAddress"]
+        self.contact_address = f"{self.cluster.protocol}://{private}:{self.port}"
 
     async def wait_for_scheduler(self) -> None:
-        """Wait until the scheduler's port is open."""
+        """Wait until the scheduler's port is open; the library's own waiting blocks the loop."""
         host, _, port = self.address.rpartition("://")[2].rpartition(":")
         looked = time.monotonic()
         while True:
@@ -81,7 +92,7 @@ class ReachableScheduler(EC2Scheduler):  # type: ignore[misc]  # ships no annota
         [instance] = reservation["Instances"]
         if instance["State"]["Name"] in ENDED:
             raise ClusterError(
-                f"the scheduler's machine ended, {CONTAINER_FAILED}\n{_told(instance)}"
+                f"the scheduler's machine ended, {CONTAINER_FAILED}\n{describe(instance)}"
             )
 
 
@@ -96,7 +107,13 @@ class NamedWorker(EC2Worker):  # type: ignore[misc]  # ships no annotations
 
     def __init__(self, *arguments: Any, name: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.command = self.command.replace(json.dumps(self.name), json.dumps(name))
+        named = self.command.replace(json.dumps(self.name), json.dumps(name))
+        if named == self.command:
+            raise ClusterError(
+                "this version of dask-cloudprovider does not tell its workers their names as "
+                "dask-nn expects it; install one that `pip install 'dask-nn[aws]'` takes"
+            )
+        self.command = named
 
 
 class NNEC2Cluster(EC2Cluster):  # type: ignore[misc]  # ships no annotations
@@ -142,7 +159,7 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
     arguments = ec2_arguments(request, token) | {"region": account.region}
 
     async def explain(_: Any) -> str:
-        return "\n".join(map(_told, await asyncio.to_thread(account.instances, TAG, token)))
+        return "\n".join(map(describe, await asyncio.to_thread(account.instances, TAG, token)))
 
     async def lost(cluster: Any) -> set[Any]:
         return ended_workers(cluster, await asyncio.to_thread(account.instances, TAG, token))
@@ -155,11 +172,8 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
         ]
         if not ended:
             return ""
-        told = "\n".join(map(_told, ended))
+        told = "\n".join(map(describe, ended))
         return f"a machine ended before it was a worker, {CONTAINER_FAILED}\n{told}"
-
-    async def end_all(_: Any) -> None:
-        await asyncio.to_thread(_terminate, account, token)
 
     try:
         with serve(
@@ -168,13 +182,13 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
             explain=explain,
             lost=lost,
             hopeless=hopeless,
-            close=end_all,
             close_timeout_s=END_TIMEOUT_S,
         ) as client:
             yield client
     finally:
         # Also what was being made while the start was interrupted.
-        _terminate(account, token)
+        with ThreadPoolExecutor(1) as pool:
+            see_through(pool.submit(end_machines, account, token), threading.TIMEOUT_MAX)
 
 
 def ended_workers(cluster: Any, instances: list[dict[str, Any]]) -> set[Any]:
@@ -193,11 +207,6 @@ def check_options(request: ClusterRequest) -> None:
         If one cannot work.
     """
     check_known(request.options, EC2Cluster, OWN, TAKEN)
-    if not isinstance(request.options.get("image"), str):
-        raise ConfigurationError(
-            "EC2 needs image, a Docker image with dask-nn and PyTorch that the machines can pull; "
-            f"got {request.options.get('image')!r}"
-        )
     _instance_types(request)
     for name, value in request.env.items():
         if "\n" in value:
@@ -250,7 +259,7 @@ def ec2_arguments(request: ClusterRequest, token: str) -> dict[str, Any]:
         "env_vars": {name: _quoted(value) for name, value in request.env.items()},
         "worker_options": worker | options.get("worker_options", {}),
         "scheduler_options": {"idle_timeout": IDLE_TIMEOUT} | options.get("scheduler_options", {}),
-        "instance_tags": {TAG: token} | options.get("instance_tags", {}),
+        "instance_tags": options.get("instance_tags", {}) | {TAG: token},
     }
 
 
@@ -298,25 +307,3 @@ def _check_security_groups(request: ClusterRequest, account: Account) -> None:
             "EC2 needs security_groups, the ids of groups that let their members talk to each "
             "other and you reach ports 8786 and 8787; there is none called dask-default either"
         )
-
-
-def _terminate(account: Account, token: str) -> None:
-    """End the machines of a cluster, and see that they do."""
-
-    def end(client: Any, ids: list[str]) -> Any:
-        return client.terminate_instances(InstanceIds=ids)
-
-    left = [
-        instance["InstanceId"]
-        for instance in account.instances(TAG, token)
-        if instance["State"]["Name"] not in GONE
-    ]
-    if left:
-        account.ask("ec2", lambda client: end(client, left))
-
-
-def _told(instance: dict[str, Any]) -> str:
-    names = [tag["Value"] for tag in instance.get("Tags", ()) if tag["Key"] == "Name"]
-    reason = instance.get("StateReason", {}).get("Message", "")
-    parts = (instance["InstanceId"], *names, instance["State"]["Name"], reason)
-    return " ".join(filter(None, parts))

@@ -17,7 +17,7 @@ from dask_cloudprovider.aws import FargateCluster
 from distributed import Security
 
 from dask_nn.clusters.aws_options import check_known
-from dask_nn.clusters.certificates import ROLES, pem_texts
+from dask_nn.clusters.certificates import as_environment, pem_texts, tls_settings
 from dask_nn.clusters.serve import serve
 from dask_nn.errors import ConfigurationError
 
@@ -58,9 +58,8 @@ class NNFargateCluster(FargateCluster):  # type: ignore[misc]  # ships no annota
 
     def _encrypt(self, params: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add the certificates to a definition: a task's own environment may not be so large."""
-        settings = [
-            {"name": name, "value": value} for name, value in _environment(self.security).items()
-        ]
+        variables = as_environment(tls_settings(pem_texts(self.security)))
+        settings = [{"name": name, "value": value} for name, value in variables.items()]
         for container in params["containerDefinitions"]:
             container["environment"] = [*container.get("environment", ()), *settings]
             if "scheduler" in container["name"]:
@@ -141,11 +140,6 @@ def check_options(request: ClusterRequest) -> None:
         If one cannot work.
     """
     check_known(request.options, FargateCluster, OWN, TAKEN)
-    if not isinstance(request.options.get("image"), str):
-        raise ConfigurationError(
-            "Fargate needs image, a Docker image with dask-nn and PyTorch that it can pull; got "
-            f"{request.options.get('image')!r}"
-        )
     if request.gpus:
         raise ConfigurationError(
             "Fargate has no GPUs; take virtual machines: service='ec2' with instance_type such as "
@@ -208,19 +202,6 @@ def fargate_arguments(request: ClusterRequest) -> dict[str, Any]:
         "environment": dict(request.env),
         "security": request.security or Security(),
     }
-
-
-def _environment(security: Security) -> dict[str, str]:
-    settings = {
-        "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True",
-        "DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME": "tls",
-        "DASK_DISTRIBUTED__COMM__TLS__CA_FILE": pem_texts(security)["ca_file"],
-    }
-    for role in ROLES:
-        prefix = f"DASK_DISTRIBUTED__COMM__TLS__{role.upper()}"
-        settings[f"{prefix}__CERT"] = getattr(security, f"tls_{role}_cert")
-        settings[f"{prefix}__KEY"] = getattr(security, f"tls_{role}_key")
-    return settings
 
 
 async def _tried(deletion: Coroutine[Any, Any, None]) -> None:

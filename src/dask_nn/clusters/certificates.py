@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distributed import Security
 
 from dask_nn.errors import ConfigurationError
 
-__all__ = ["ROLES", "pem_texts", "security_of_files"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "ROLES",
+    "as_environment",
+    "pem_texts",
+    "security_of_files",
+    "security_of_texts",
+    "tls_settings",
+]
 
 ROLES = ("client", "scheduler", "worker")
 
@@ -38,6 +49,13 @@ def pem_texts(security: Security) -> dict[str, str]:
     return texts
 
 
+def security_of_texts(texts: Mapping[str, str]) -> Security:
+    """Hold certificates and keys in memory, named as `pem_texts` names them."""
+    return Security(
+        require_encryption=True, **{f"tls_{name}": text for name, text in texts.items()}
+    )
+
+
 def security_of_files(folder: Path, texts: dict[str, str]) -> Security:
     """Write certificates and keys to a folder, for its owner alone to read, and name them there."""
     for name, text in texts.items():
@@ -46,6 +64,39 @@ def security_of_files(folder: Path, texts: dict[str, str]) -> Security:
             file.write(text)
     paths = {f"tls_{name}": str(folder / name) for name in texts}
     return Security(require_encryption=True, **paths)
+
+
+def tls_settings(certificates: Mapping[str, str]) -> dict[str, Any]:
+    """Give Dask's settings for TLS.
+
+    Parameters
+    ----------
+    certificates : mapping of str to str
+        Texts or paths, named as `pem_texts` names them; those of some roles may be missing.
+
+    Returns
+    -------
+    dict
+        For ``dask.config.set``.
+    """
+    settings = {
+        "distributed.comm.default-scheme": "tls",
+        "distributed.comm.require-encryption": True,
+        "distributed.comm.tls.ca-file": certificates["ca_file"],
+    }
+    for role in ROLES:
+        for part in ("cert", "key"):
+            if (name := f"{role}_{part}") in certificates:
+                settings[f"distributed.comm.tls.{role}.{part}"] = certificates[name]
+    return settings
+
+
+def as_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Write settings of Dask as the environment variables that it reads them from."""
+    return {
+        f"DASK_{name.replace('.', '__').replace('-', '_').upper()}": str(value)
+        for name, value in settings.items()
+    }
 
 
 def _text(field: str, text_or_path: str | None) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from distributed import Security
 
-from dask_nn.clusters.kubernetes_resources import KubernetesOptions, cluster_resource
+from dask_nn.clusters.kubernetes_resources import KubernetesOptions, cluster_resource, has_tls
 from dask_nn.clusters.kubernetes_tls import tls_secret
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
@@ -43,10 +44,13 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     options = KubernetesOptions.of(request.options).named(f"dask-nn-{secrets.token_hex(4)}")
     from dask_nn.clusters.kubernetes_cluster import NNKubeCluster, delete_what_is_left, describe
 
+    request = _secured(request, options)
     resource = cluster_resource(request, options)
     secret: dict[str, Any] | None = None
-    security = request.security if isinstance(request.security, Security) else None
-    if security is not None and options.tls_secret is None:
+    security: Security | None = None
+    # Who names a secret takes all certificates from there.
+    if isinstance(request.security, Security) and options.tls_secret is None:
+        security = request.security
         secret = tls_secret(f"{options.name}-tls", security)
 
     def make() -> NNKubeCluster:
@@ -61,6 +65,13 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         close=delete_what_is_left,
     ) as client:
         yield client
+
+
+def _secured(request: ClusterRequest, options: KubernetesOptions) -> ClusterRequest:
+    """Ask for TLS where the scheduler can be reached from outside, if nothing is said of it."""
+    if has_tls(request, options) or options.service_type == "ClusterIP":
+        return request
+    return replace(request, security=True).with_certificates()
 
 
 def check_request(request: ClusterRequest) -> None:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import kr8s
 from dask_kubernetes.operator import KubeCluster
 from dask_kubernetes.operator._objects import DaskAutoscaler, DaskCluster
-from dask_kubernetes.operator.kubecluster.kubecluster import wait_for_service
+from dask_kubernetes.operator.kubecluster.kubecluster import CreateMode, wait_for_service
 from dask_kubernetes.operator.networking import get_scheduler_address, wait_for_scheduler
 from distributed.core import rpc
 from kr8s.asyncio.objects import Pod, Secret
 from tornado.ioloop import IOLoop
 
 from dask_nn.clusters.kubernetes_resources import autoscaler_resource
-from dask_nn.errors import ClusterError
+from dask_nn.clusters.kubernetes_tls import security_in
+from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
     from distributed import Security
@@ -40,7 +41,8 @@ class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships
     secret : dict or None
         A secret to post before it.
     security : distributed.Security or None
-        The client's certificates; dask-kubernetes itself knows connections without TLS only.
+        The client's certificates; dask-kubernetes itself knows connections without TLS only. They
+        are read from ``options.tls_secret`` where that is given.
     options : KubernetesOptions
         Where, and how to reach it.
     """
@@ -54,11 +56,15 @@ class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships
     ) -> None:
         self.security = security
         self._secret = secret
+        self._tls_secret = options.tls_secret
+        # Whether this client made it, and so ends it.
+        self.posted = False
         super().__init__(
             custom_cluster_spec=resource,
             namespace=options.namespace,
             resource_timeout=options.resource_timeout_s,
             port_forward_cluster_ip=options.port_forward,
+            create_mode=CreateMode.CREATE_ONLY,
             asynchronous=True,
             loop=IOLoop.current(),
             quiet=True,
@@ -71,6 +77,9 @@ class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships
 
     async def _create_cluster(self) -> None:
         try:
+            if self._tls_secret is not None:
+                self.security = await _read_security(self._tls_secret, self.namespace)
+            self.posted = True
             if self._secret is not None:
                 await (await Secret(self._secret, namespace=self.namespace)).create()
             if self.security is None:
@@ -111,13 +120,24 @@ class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships
             await autoscaler.create()
 
     async def _close(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the library's
-        # Whoever closes this cluster wants its pods gone, however it was made.
-        self.shutdown_on_close = True
+        # Whoever closes this cluster wants its pods gone, but not those of another one.
+        self.shutdown_on_close = self.posted
         await super()._close(timeout or DELETE_TIMEOUT_S)
+
+
+async def _read_security(name: str, namespace: str) -> Security:
+    secret = await Secret(name, namespace=namespace)
+    try:
+        await secret.refresh()
+    except kr8s.NotFoundError:
+        raise ConfigurationError(f"there is no tls_secret {name!r} in {namespace!r}") from None
+    return security_in(secret.to_dict())
 
 
 async def delete_what_is_left(cluster: Any) -> None:
     """Delete the resources of a cluster whose start or end was interrupted."""
+    if not cluster.posted:
+        return
     kinds = [(DaskCluster, cluster.name)]
     if cluster._secret is not None:  # noqa: SLF001 - of this module
         kinds.append((Secret, cluster._secret["metadata"]["name"]))  # noqa: SLF001

@@ -10,18 +10,29 @@ import dask
 from dask.utils import parse_bytes
 
 from dask_nn.clusters.known_names import nearest
+from dask_nn.clusters.kubernetes_pods import merge_pod
 from dask_nn.clusters.kubernetes_tls import TLS_FOLDER, tls_environment, tls_volume
+from dask_nn.clusters.kubernetes_values import (
+    check_labels,
+    check_name,
+    check_number,
+    check_tolerations,
+    cpu,
+    memory,
+)
 from dask_nn.clusters.optional import import_optional
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dask_nn.clusters.request import ClusterRequest
 
-__all__ = ["KubernetesOptions", "autoscaler_resource", "cluster_resource"]
+__all__ = ["KubernetesOptions", "autoscaler_resource", "cluster_resource", "has_tls"]
 
 GPU = "nvidia.com/gpu"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - mounted inside a pod of its own
 SCHEDULER_PORT = 8786
+# With what the operator adds to it, it must not be longer than a name may be.
+LONGEST_NAME = 63 - len("-scheduler")
 # How long a worker looks for its scheduler, and Kubernetes starts it again after that.
 DEATH_TIMEOUT_S = 300
 
@@ -45,20 +56,22 @@ class KubernetesOptions:
     shared_memory : str, optional
         Most that a worker's /dev/shm may hold; half of the worker's memory by default. Kubernetes
         counts what lies there as the worker's memory.
-    scheduler_cores : float
-        Cores of the scheduler.
+    scheduler_cores : float or str
+        Cores of the scheduler; also as Kubernetes writes them, such as ``"500m"``.
     scheduler_memory : str
         Memory of the scheduler.
     service_type : str
-        Kubernetes service of the scheduler: ``"ClusterIP"``, ``"NodePort"`` or
-        ``"LoadBalancer"``.
+        Kubernetes service of the scheduler: ``"ClusterIP"``, or ``"NodePort"`` or
+        ``"LoadBalancer"``, which others reach too, so that there is always TLS then.
     idle_timeout_s : int
         The operator deletes a cluster that had nothing to do for so long, which ends the pods of a
         client that died; 0 never does.
     tls_secret : str, optional
-        A secret with the certificates that exists already, instead of a new one.
+        A secret with the certificates that exists already, instead of a new one; the client's own
+        are read from it, too.
     worker_pod, scheduler_pod : mapping
-        Further fields of the pods, such as ``serviceAccountName`` or ``imagePullSecrets``.
+        Further fields of the pods, such as ``serviceAccountName`` or ``imagePullSecrets``; see
+        `merge_pod`. Their containers are named ``worker`` and ``scheduler``.
     resource_timeout_s : int
         How long the operator may take to see the cluster.
     port_forward : bool
@@ -76,7 +89,7 @@ class KubernetesOptions:
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
     shared_memory: str | None = None
-    scheduler_cores: float = 1
+    scheduler_cores: float | str = 1
     scheduler_memory: str = "2 GiB"
     service_type: str = "ClusterIP"
     idle_timeout_s: int = 3600
@@ -87,7 +100,7 @@ class KubernetesOptions:
     port_forward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("node_selector", "worker_pod", "scheduler_pod"):
+        for name in ("worker_pod", "scheduler_pod"):
             value: Any = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise ConfigurationError(f"{name} must be a mapping, got {value!r}")
@@ -96,15 +109,17 @@ class KubernetesOptions:
             raise ConfigurationError(
                 f"service_type must be one of {', '.join(services)}, got {self.service_type!r}"
             )
-        for name in ("shared_memory", "scheduler_memory"):
-            size: Any = getattr(self, name)
-            try:
-                if size is not None:
-                    parse_bytes(size)
-            except (TypeError, ValueError, AttributeError):
-                raise ConfigurationError(
-                    f'{name} must be a size with its unit, such as "2 GiB", got {size!r}'
-                ) from None
+        for name, longest in (("name", LONGEST_NAME), ("namespace", 63), ("tls_secret", 63)):
+            if getattr(self, name) is not None:
+                check_name(name, getattr(self, name), longest)
+        check_number("idle_timeout_s", self.idle_timeout_s)
+        check_number("resource_timeout_s", self.resource_timeout_s)
+        check_labels("node_selector", self.node_selector)
+        check_tolerations(self.tolerations)
+        cpu("scheduler_cores", self.scheduler_cores)
+        memory("scheduler_memory", self.scheduler_memory)
+        if self.shared_memory is not None:
+            memory("shared_memory", self.shared_memory)
         object.__setattr__(self, "tolerations", tuple(self.tolerations))
 
     @classmethod
@@ -158,7 +173,6 @@ def cluster_resource(request: ClusterRequest, options: KubernetesOptions) -> dic
         If dask-kubernetes is not installed.
     """
     operator = import_optional("dask_kubernetes.operator", "kubernetes", "kubernetes")
-    with_tls = bool(request.security)
     resource: dict[str, Any] = operator.make_cluster_spec(
         name=options.name,
         image=options.image,
@@ -182,19 +196,24 @@ def cluster_resource(request: ClusterRequest, options: KubernetesOptions) -> dic
 
     [container] = scheduler["containers"]
     amounts = {
-        "cpu": f"{options.scheduler_cores:g}",
-        "memory": str(parse_bytes(options.scheduler_memory)),
+        "cpu": cpu("scheduler_cores", options.scheduler_cores),
+        "memory": memory("scheduler_memory", options.scheduler_memory),
     }
     container["resources"] = {"requests": dict(amounts), "limits": amounts}
     container["args"] = ["dask", "scheduler", "--host", "0.0.0.0"]  # noqa: S104 - in its own pod
-    if with_tls:
+    if has_tls(request, options):
         container["args"] += ["--protocol", "tls"]
         container["env"] = [*container["env"], _with_api()]
         for role, pod in (("scheduler", scheduler), ("worker", worker)):
             _add_certificates(role, pod, options)
-    worker.update(options.worker_pod)
-    scheduler.update(options.scheduler_pod)
+    resource["spec"]["worker"]["spec"] = merge_pod(worker, options.worker_pod)
+    resource["spec"]["scheduler"]["spec"] = merge_pod(scheduler, options.scheduler_pod)
     return resource
+
+
+def has_tls(request: ClusterRequest, options: KubernetesOptions) -> bool:
+    """Tell whether the cluster encrypts."""
+    return bool(request.security) or options.tls_secret is not None
 
 
 def autoscaler_resource(name: str, minimum: int, maximum: int) -> dict[str, Any]:
@@ -210,7 +229,7 @@ def autoscaler_resource(name: str, minimum: int, maximum: int) -> dict[str, Any]
 
 def _worker_command(request: ClusterRequest, options: KubernetesOptions) -> list[str]:
     command = ["dask", "worker"]
-    if request.security:
+    if has_tls(request, options):
         # The operator tells workers an address without TLS.
         command.append(f"tls://{options.name}-scheduler:{SCHEDULER_PORT}")
     command += ["--nthreads", str(request.cores), "--death-timeout", str(DEATH_TIMEOUT_S)]
@@ -234,7 +253,7 @@ def _worker_resources(request: ClusterRequest) -> dict[str, Any]:
 def _shared_memory(request: ClusterRequest, options: KubernetesOptions) -> dict[str, Any]:
     volume: dict[str, Any] = {"medium": "Memory"}
     if options.shared_memory is not None:
-        volume["sizeLimit"] = str(parse_bytes(options.shared_memory))
+        volume["sizeLimit"] = memory("shared_memory", options.shared_memory)
     elif request.memory is not None:
         volume["sizeLimit"] = str(parse_bytes(request.memory) // 2)
     return {"name": "shared-memory", "emptyDir": volume}

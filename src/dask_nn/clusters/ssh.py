@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dask
 from distributed import Security, SSHCluster
 
+from dask_nn.clusters.certificates import tls_settings
 from dask_nn.clusters.graphics_cards import VISIBLE
 from dask_nn.clusters.known_names import nearest
 from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in
@@ -77,7 +78,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
                 stack.callback(_remove, hosts, folder)
                 files = await send_certificates(hosts, folder, request.security)
                 # The remote processes read these; SSHCluster hands the configuration on.
-                stack.enter_context(dask.config.set(_tls_settings(files)))
+                stack.enter_context(dask.config.set(tls_settings(files)))
             cards = await cards_of_hosts(hosts[1:]) if request.gpus else {}
             return _make_cluster(request, hosts, cards)
 
@@ -241,17 +242,3 @@ def _worker_options(request: ClusterRequest) -> dict[str, Any]:
     if request.security:
         options.setdefault("protocol", "tls")
     return options
-
-
-def _tls_settings(files: dict[str, str]) -> dict[str, Any]:
-    roles = ("client", "scheduler", "worker")
-    settings = {
-        f"distributed.comm.tls.{role}.{part}": files[f"{role}_{part}"]
-        for role in roles
-        for part in ("cert", "key")
-    }
-    return {
-        **settings,
-        "distributed.comm.tls.ca-file": files["ca_file"],
-        "distributed.comm.require-encryption": True,
-    }

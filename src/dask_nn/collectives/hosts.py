@@ -276,6 +276,8 @@ class HostsCommunicator(Communicator):
             self.waiting_since = self._outer.waiting_since
         if self._region is not None:
             self._region.check_ended()
+        if self.watch is not None:
+            self.watch()
 
 
 def _pack(cells: list[bytes]) -> bytes:

@@ -12,6 +12,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+from distributed.comm import connect
 from distributed.core import Status
 from distributed.protocol import to_serialize
 
@@ -78,11 +79,18 @@ class WorkerMailbox(Mailbox):
         self._member = member
         with _lock:
             _boxes[self._worker.address, self._gang, member] = self
+        self._in_loop(lambda: self._start(self._end_with_worker()))
         return str(self._worker.address).encode()
 
     def connect(self, peer: int, address: bytes) -> None:
         """Open a connection to a peer's worker."""
         self._in_loop(lambda: self._start(self._dial(peer, address.decode())))
+
+    async def _end_with_worker(self) -> None:
+        """Tell the peers when this worker is closed, whose process may go on."""
+        await self._worker.finished()
+        for comm in self._comms.values():
+            comm.abort()
 
     async def _dial(self, peer: int, address: str) -> None:
         greeting = {
@@ -92,11 +100,16 @@ class WorkerMailbox(Mailbox):
             "receiver": peer,
             "reply": False,
         }
+        pool = self._worker.rpc
         try:
-            comm = await self._worker.rpc.connect(address)
-        except (OSError, RuntimeError) as error:  # the second: this worker is closing
+            # Not one of the worker's own connections: these are few, and letters keep theirs.
+            comm = await connect(
+                address, timeout=pool.timeout, deserialize=True, **pool.connection_args
+            )
+        except OSError as error:
             self.lose(peer, f"{address} cannot be reached: {error}")
             return
+        comm.allow_offload = pool.allow_offload
         try:
             await comm.write(greeting)
             self._begin(peer, comm)
@@ -105,7 +118,6 @@ class WorkerMailbox(Mailbox):
             self.lose(peer, str(error))
         finally:
             comm.abort()
-            self._worker.rpc.reuse(address, comm)
 
     async def accept(self, peer: int, comm: Comm) -> None:
         """Take a peer's connection, and read it to its end."""

@@ -84,17 +84,20 @@ class _MeetingPoint:
     """The leader's side of :class:`WorkerRendezvous`, on the worker's event loop."""
 
     WAIT_S = 1.0
-    KEPT_GANGS = 4
+    # Of a gang from which nothing was heard for so long, no rank is still on its way.
+    KEPT_S = 3600.0
 
     def __init__(self) -> None:
         self._gangs: dict[str, dict[str, bytes]] = {}
+        self._heard_of: dict[str, float] = {}
         self._changed = asyncio.Condition()
 
     async def handle(self, gang: str, action: str, key: str, value: bytes) -> bytes | None:
         async with self._changed:
+            now = self._heard_of[gang] = time.monotonic()
+            for name in [name for name, at in self._heard_of.items() if now - at > self.KEPT_S]:
+                del self._heard_of[name], self._gangs[name]
             values = self._gangs.setdefault(gang, {})
-            while len(self._gangs) > self.KEPT_GANGS:
-                del self._gangs[next(iter(self._gangs))]
             if action == "set":
                 values[key] = value
                 self._changed.notify_all()

@@ -11,6 +11,7 @@ from dask_nn.diagnosis.checks.cluster import (
     check_workers,
 )
 from dask_nn.diagnosis.checks.data import check_blocks, check_placement
+from dask_nn.diagnosis.checks.gpus import check_gpus
 from dask_nn.diagnosis.checks.memory import check_allocator, check_memory, check_shared_memory
 from dask_nn.diagnosis.checks.network import (
     check_clocks,
@@ -19,7 +20,7 @@ from dask_nn.diagnosis.checks.network import (
     check_interfaces,
     check_speed,
 )
-from dask_nn.diagnosis.checks.processors import check_bits, check_gpus, check_processors
+from dask_nn.diagnosis.checks.processors import check_bits, check_processors
 from dask_nn.diagnosis.checks.threads import check_math_threads, check_threads
 from dask_nn.diagnosis.checks.versions import check_imports, check_versions
 from dask_nn.diagnosis.report import Line, Report

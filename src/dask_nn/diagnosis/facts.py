@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["Clock", "ClusterFacts", "DataFacts", "Link", "ProcessFacts"]
 
@@ -91,6 +94,11 @@ class ProcessFacts:
     interfaces: list[dict[str, Any]] = field(default_factory=list)
     ends_at_s: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def host(self) -> str:
+        """Equal for workers whose ranks share memory, as a run tells it (see worker_side)."""
+        return "|".join(filter(None, (self.machine, self.shared_place, self.network)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
@@ -141,6 +149,8 @@ class DataFacts:
         Rows in the memory of each worker; None for data that is not held yet.
     problem : str
         Why it cannot be read.
+    places_problem : str
+        Why it is not known who holds it.
     """
 
     lengths: tuple[int, ...] = ()
@@ -149,6 +159,7 @@ class DataFacts:
     row_bytes: int = 0
     rows_held: dict[str, int] | None = None
     problem: str = ""
+    places_problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +194,8 @@ class ClusterFacts:
         By address.
     fingerprints : dict of str to str
         What one fixed batch gives on each worker, and on the client under an empty address.
+    fingerprint_errors, fingerprints_unknown : dict of str to str
+        What computing it raised instead; and why there is no answer.
     dashboard : str
         Its link; empty without one.
     dashboard_problem : str
@@ -210,6 +223,8 @@ class ClusterFacts:
     speeds: dict[tuple[str, str], float] = field(default_factory=dict)
     clocks: dict[str, Clock] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    fingerprint_errors: dict[str, str] = field(default_factory=dict)
+    fingerprints_unknown: dict[str, str] = field(default_factory=dict)
     dashboard: str = ""
     dashboard_problem: str = ""
     data: DataFacts | None = None
@@ -219,8 +234,23 @@ class ClusterFacts:
 
     @property
     def machines(self) -> dict[str, list[ProcessFacts]]:
-        """Workers by the machine that they run on."""
-        found: dict[str, list[ProcessFacts]] = {}
-        for worker in self.workers:
-            found.setdefault(worker.machine, []).append(worker)
-        return found
+        """Workers by the machine that they run on, whose processors and memory they share."""
+        return _grouped((worker.machine, worker) for worker in self.workers)
+
+    @property
+    def hosts(self) -> dict[str, list[ProcessFacts]]:
+        """Workers by host, as a run counts them: one machine may have several containers."""
+        return _grouped((worker.host, worker) for worker in self.workers)
+
+    @property
+    def places(self) -> set[tuple[str, str]]:
+        """Machines and networks of all processes that are known: workers, scheduler, client."""
+        processes = (*self.workers, self.client, *filter(None, (self.scheduler,)))
+        return {(found.machine, found.network) for found in processes if found.machine}
+
+
+def _grouped(pairs: Iterable[tuple[str, ProcessFacts]]) -> dict[str, list[ProcessFacts]]:
+    found: dict[str, list[ProcessFacts]] = {}
+    for name, worker in pairs:
+        found.setdefault(name, []).append(worker)
+    return found

@@ -31,6 +31,8 @@ CONNECT_TIMEOUT_S = 3.0
 PAGE_TIMEOUT_S = 10.0
 TRANSFER_BYTES = 4 << 20
 PINGS = 3
+# A worker that hangs, has left or has lost its connection did not fail at what it was asked.
+NO_ANSWER = (TimeoutError, KeyError, OSError)
 QUESTIONS = 8
 
 
@@ -63,12 +65,11 @@ def gather(
     address = scheduler_address(client)
     if client.status == "closed":
         return ClusterFacts(address=address, problem="the client is closed")
-    asker = _Asker(client, timeout_s)
+    asked = in_loop(client, _Asker(client, timeout_s).ask(X, data, modules, parameters))
     try:
-        return in_loop(client, asker.ask(X, data, modules, parameters)).result(
-            QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S)
-        )
+        return asked.result(QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S))
     except TimeoutError:
+        asked.cancel()
         return ClusterFacts(address=address, problem="it stopped to answer while it was asked")
 
 
@@ -152,7 +153,7 @@ class _Asker:
         facts = replace(facts, clocks=await self._clocks(awake))
         facts = replace(facts, links=await self._links(facts, awake))
         facts = replace(facts, speeds=await self._speeds(facts))
-        return replace(facts, fingerprints=await self._fingerprints(facts))
+        return await self._fingerprints(facts)
 
     async def _of_scheduler(self, module: Any, name: str, *arguments: Any) -> dict[str, Any] | None:
         """Call a function on the scheduler; None where that is not allowed, or fails."""
@@ -217,16 +218,42 @@ class _Asker:
             found[source, target] = answer if isinstance(answer, float) else 0.0
         return found
 
-    async def _fingerprints(self, facts: ClusterFacts) -> dict[str, str]:
+    async def _fingerprints(self, facts: ClusterFacts) -> ClusterFacts:
         if facts.client.problems:
-            return {}
+            module, reason = next(iter(facts.client.problems.items()))
+            return replace(facts, fingerprints_unknown={"": f"{module}: {reason}"})
         from dask_nn.diagnosis.canary import standard_fingerprint
 
-        able = [w.address for w in facts.workers if not w.spared and not w.problems]
+        unknown = {
+            worker.address: "PyTorch is not imported there"
+            for worker in facts.workers
+            if worker.spared or worker.problems
+        }
+        able = [worker.address for worker in facts.workers if worker.address not in unknown]
+
+        async def compute_here() -> Any:
+            try:
+                return await standard_fingerprint()
+            except Exception as error:
+                return error
+
         here, answers = await asyncio.gather(
-            standard_fingerprint(), self._of_workers(standard_fingerprint, able)
+            compute_here(), self._of_workers(standard_fingerprint, able)
         )
-        return {"": here} | {a: found for a, found in answers.items() if isinstance(found, str)}
+        hashes, errors = {}, {}
+        for address, found in {"": here, **answers}.items():
+            if isinstance(found, str):
+                hashes[address] = found
+            elif isinstance(found, NO_ANSWER):
+                unknown[address] = _silence(found, self._timeout_s)
+            else:
+                errors[address] = _first_line(found)
+        return replace(
+            facts,
+            fingerprints=hashes,
+            fingerprint_errors=errors,
+            fingerprints_unknown=unknown,
+        )
 
 
 async def _why_silent(address: str, timeout_s: float) -> str:

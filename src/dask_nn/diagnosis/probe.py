@@ -217,6 +217,9 @@ def _ends_at(server: Any) -> dict[str, float]:
         text = _seconds(_run([squeue, "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%e"]))
     if _number(text):
         found["SLURM_JOB_END_TIME"] = float(text)
+    elif _number(environment.get("DASK_NN_JOB_END_TIME", "")):
+        # That of jobs that dask_nn.cluster submits, for batch systems that do not tell it.
+        found["DASK_NN_JOB_END_TIME"] = float(environment["DASK_NN_JOB_END_TIME"])
     started = _started_at()
     if started and _number(environment.get("PBS_WALLTIME", "")):
         found["PBS_WALLTIME"] = started + float(environment["PBS_WALLTIME"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -46,15 +47,21 @@ def read_data(X: Any, y: Any = None, client: Client | None = None) -> DataFacts:
 
 
 async def with_places(data: DataFacts, X: Any, client: Client, timeout_s: float) -> DataFacts:
-    """Add which worker holds how many rows, for a collection that is persisted."""
+    """Add which worker holds how many rows, for a collection that is persisted.
+
+    Where the scheduler does not tell in time, the reason is added instead.
+    """
     if isinstance(X, dict):
         X = next(iter(X.values()), None)
     futures = futures_of(X)
     if not futures or client.scheduler is None:
         return data
     keys = [future.key for future in futures]
-    async with asyncio.timeout(timeout_s):
-        found = await client.scheduler.who_has(keys=keys)
+    try:
+        async with asyncio.timeout(timeout_s):
+            found = await client.scheduler.who_has(keys=keys)
+    except TimeoutError:
+        return replace(data, places_problem=f"no answer of the scheduler within {timeout_s:g} s")
     rows = dict.fromkeys(keys, 1) if not data.lengths else {}
     for key in flatten(X.__dask_keys__()):
         # Of several chunks across the columns, the first stands for its block.
@@ -64,13 +71,7 @@ async def with_places(data: DataFacts, X: Any, client: Client, timeout_s: float)
     for key, number in rows.items():
         for address in found.get(key, ()):
             held[address] = held.get(address, 0) + number
-    return DataFacts(
-        lengths=data.lengths,
-        num_blocks=data.num_blocks,
-        fields=data.fields,
-        row_bytes=data.row_bytes,
-        rows_held=held,
-    )
+    return replace(data, rows_held=held)
 
 
 def _kind(array: Any) -> str:

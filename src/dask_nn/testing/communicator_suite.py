@@ -25,7 +25,7 @@ from dask_nn.collectives.tree import roots, shard_range
 from dask_nn.errors import Aborted, CollectiveTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -170,6 +170,8 @@ def wait_until_ended(
 ) -> tuple[str, float]:
     """Wait for a peer that never comes; rank `missing` is that peer, and may end the exchange.
 
+    With ``how="watch"`` rank 1 is ended by what it watches.
+
     Returns
     -------
     str, float
@@ -193,6 +195,8 @@ def wait_until_ended(
     timer = threading.Timer(HEAD_START_S, communicator.abort_event.set)
     if how == "own flag":
         timer.start()
+    elif how == "watch" and communicator.rank == 1:
+        communicator.watch = _ending(communicator)
     try:
         if action == "collect":
             communicator.publish()
@@ -205,6 +209,17 @@ def wait_until_ended(
         if how == "own flag":
             timer.join()
     return "no error", time.monotonic()
+
+
+def _ending(communicator: Communicator) -> Callable[[], None]:
+    end = time.monotonic() + HEAD_START_S
+
+    def watch() -> None:
+        if time.monotonic() > end:
+            communicator.signal_abort()  # the other peers need not wait for the missing one
+            raise Aborted("what is watched has ended")
+
+    return watch
 
 
 def open_alone(communicator: Communicator, aborts: bool) -> tuple[str, float]:

@@ -42,7 +42,7 @@ def check_workers(facts: ClusterFacts) -> Line:
             "longer for slow ones (--timeout)"
         )
         return fail("workers", text, remedy, **details)
-    hosts = len(facts.machines)
+    hosts = len(facts.hosts)
     number = len(facts.registered)
     text = f"{number} worker{'s' * (number != 1)} on {hosts} host{'s' * (hosts != 1)}, all answer"
     return ok("workers", text, **details)

@@ -67,10 +67,14 @@ def _check_lengths(
 def check_placement(facts: ClusterFacts) -> Line:
     """Check that data held by workers is spread over them."""
     data = facts.data
-    if data is None or data.problem or data.rows_held is None:
+    if data is not None and data.places_problem:
+        remedy = "ask again when the scheduler is less busy, or wait longer (--timeout)"
+        return warn("placement", f"not known: {data.places_problem}", remedy, rows_held={})
+    if data is None or data.problem or not any((data.rows_held or {}).values()):
         return ok("placement", "nothing is held by workers yet", rows_held={})
     unit = "rows" if data.lengths else "blocks"
-    held = {address: data.rows_held.get(address, 0) for address in facts.registered}
+    rows_held = data.rows_held or {}
+    held = {address: rows_held.get(address, 0) for address in facts.registered}
     mean = sum(held.values()) / max(1, len(held))
     most = max(held, key=lambda address: held[address], default="")
     details = {"rows_held": held, "unit": unit}

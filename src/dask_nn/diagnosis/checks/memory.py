@@ -75,7 +75,7 @@ def check_shared_memory(facts: ClusterFacts) -> Line:
         "/dev/shm, or mount -o remount,size=1g /dev/shm"
     )
     needed = 0
-    for workers in facts.machines.values():
+    for workers in facts.hosts.values():
         ranks = min(len(workers), max(worker.cores for worker in workers))
         if ranks < 2 or workers[0].architecture not in ORDERED_STORES:
             continue  # one rank exchanges nothing, and other processors use gloo
@@ -83,7 +83,8 @@ def check_shared_memory(facts: ClusterFacts) -> Line:
         small = [worker for worker in workers if (worker.shared_free_bytes or 0) < needed]
         if small:
             return _too_small(facts, small, needed, remedy, details)
-        if len({worker.shared_place for worker in workers}) > 1:
+    for workers in facts.machines.values():
+        if len({worker.host for worker in workers}) > 1:
             text = f"workers on {workers[0].hostname} do not share one: they exchange by gloo"
             remedy = "run them in one container, or share /dev/shm between them (--ipc=host)"
             return warn("shared memory", text, remedy, needed_bytes=needed, workers=details)

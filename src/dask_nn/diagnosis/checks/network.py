@@ -117,7 +117,7 @@ def check_encryption(facts: ClusterFacts) -> Line:
     addresses = [facts.address, *facts.registered]
     schemes = sorted({address.partition("://")[0] for address in addresses})
     plain = [scheme for scheme in schemes if scheme not in {"tls", "wss", "inproc"}]
-    places = {(worker.machine, worker.network) for worker in facts.workers}
+    places = facts.places
     if not plain:
         return ok("encryption", f"Dask's connections use {' and '.join(schemes)}", schemes=schemes)
     if len(places) > 1:
@@ -147,6 +147,14 @@ def check_clocks(facts: ClusterFacts) -> Line:
         return warn("clocks", text, remedy, clocks=details)
     if not facts.clocks:
         return ok("clocks", "not compared: no worker answers", clocks=details)
+    vague = [
+        f"{address} ({format_time(clock.error_s)} more or less)"
+        for address, clock in facts.clocks.items()
+        if clock.error_s > LARGE_SKEW_S
+    ]
+    if vague:
+        text = f"not known well enough, as the answer took too long: {some(vague)}"
+        return ok("clocks", text, clocks=details)
     most = max(abs(clock.offset_s) + clock.error_s for clock in facts.clocks.values())
     return ok("clocks", f"at most {format_time(most)} apart", clocks=details)
 

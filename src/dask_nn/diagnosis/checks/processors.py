@@ -10,7 +10,7 @@ from dask_nn.diagnosis.report import Line, fail, ok, some, warn
 if TYPE_CHECKING:
     from dask_nn.diagnosis.facts import ClusterFacts
 
-__all__ = ["check_bits", "check_gpus", "check_processors"]
+__all__ = ["check_bits", "check_processors"]
 
 SAME_KIND = (
     "take nodes of one kind (SLURM: --constraint), or set ATEN_CPU_CAPABILITY to the lowest level "
@@ -51,10 +51,15 @@ def check_bits(facts: ClusterFacts) -> Line:
     """Compare fingerprints: equal ones promise the same bits, whoever computes what."""
     found = {a: hash_ for a, hash_ in facts.fingerprints.items() if a}
     here = facts.fingerprints.get("", "")
-    details = {"client": here, "workers": found}
-    unknown = [worker.address for worker in facts.workers if worker.address not in found]
+    errors, unknown = facts.fingerprint_errors, facts.fingerprints_unknown
+    details = {"client": here, "workers": found, "errors": errors, "unknown": unknown}
+    failed = [f"{address}: {text}" for address, text in errors.items() if address]
+    if failed:
+        remedy = "mend PyTorch there: training computes with the same functions"
+        return fail("bits", f"the test batch fails on {some(failed)}", remedy, **details)
+    missing = [f"{address or 'the client'} ({text})" for address, text in unknown.items()]
     if not found:
-        text = "no worker could compute the test batch"
+        text = f"not computed: {some(missing)}" if missing else "not computed: no worker is asked"
         return warn("bits", text, "mend the lines of torch and dask-nn first", **details)
     counts = Counter(found.values()).most_common()
     if len(counts) > 1:
@@ -62,57 +67,18 @@ def check_bits(facts: ClusterFacts) -> Line:
         text = f"other bits on {some(others)} than on {counts[0][1]} of {len(found)} workers"
         remedy = f"{SAME_KIND}, or train with Synchronous(bitwise=False)"
         return fail("bits", text, remedy, **details)
+    if missing or errors:
+        missing += [f"the client ({text})" for text in errors.values()]
+        text = f"equal on {_workers(len(found))}; not computed on {some(missing)}"
+        remedy = "look at their logs; wait longer for slow ones (--timeout)"
+        return warn("bits", text, remedy, **details)
     if here and here != counts[0][0]:
         text = "equal on all workers, but not with this client"
         remedy = (
             "nothing, unless you compare with runs in this process: set ATEN_CPU_CAPABILITY alike"
         )
         return warn("bits", text, remedy, **details)
-    text = f"equal on {_workers(len(found))}" + (" and the client" if here else "")
-    if unknown:
-        text += f"; not computed on {some(unknown)}"
-    return ok("bits", text, **details)
-
-
-def check_gpus(facts: ClusterFacts) -> Line:
-    """Check that the graphics cards can be used: one worker each, by a PyTorch that knows CUDA."""
-    details = {
-        worker.address: {
-            "gpus": worker.gpus,
-            "devices": worker.num_cuda_devices,
-            "cuda": worker.cuda,
-            "nccl": worker.nccl,
-        }
-        for worker in facts.workers
-    }
-    if not any(worker.gpus or worker.num_cuda_devices for worker in facts.workers):
-        return ok("GPU", "none: training runs on processors", workers=details)
-    blind = [w.address for w in facts.workers if w.gpus and not w.num_cuda_devices]
-    if blind:
-        text = f"PyTorch sees no CUDA device on {some(blind)}, the driver does"
-        remedy = "install PyTorch with CUDA there, and look at CUDA_VISIBLE_DEVICES and the driver"
-        return warn("GPU", text, remedy, workers=details)
-    for workers in facts.machines.values():
-        cards = {str(card["uuid"]) for worker in workers for card in worker.gpus}
-        if cards and sum(worker.num_cuda_devices for worker in workers) > len(cards):
-            text = (
-                f"{_workers(len(workers))} on {workers[0].hostname} share {len(cards)} card"
-                f"{'s' * (len(cards) != 1)}"
-            )
-            remedy = "start one worker for each card, each with its own CUDA_VISIBLE_DEVICES"
-            return warn("GPU", text, remedy, workers=details)
-    kinds = Counter(str(card["name"]) for worker in facts.workers for card in worker.gpus[:1])
-    devices = {worker.num_cuda_devices for worker in facts.workers}
-    if len(kinds) > 1 or len(devices) > 1:
-        text = f"mixed: {some(kinds)}; {' or '.join(map(str, sorted(devices)))} devices a worker"
-        return warn("GPU", text, "train on workers with cards of one kind", workers=details)
-    if len(facts.workers) > 1 and not all(worker.nccl for worker in facts.workers):
-        text = f"{some(kinds)}, but PyTorch without nccl"
-        return warn(
-            "GPU", text, "install PyTorch for Linux with CUDA, it has nccl", workers=details
-        )
-    text = f"{some(kinds)}, CUDA {facts.workers[0].cuda}, one for each of {len(facts.workers)}"
-    return ok("GPU", text, workers=details)
+    return ok("bits", f"equal on {_workers(len(found))} and the client", **details)
 
 
 def _workers(number: int) -> str:

@@ -41,6 +41,9 @@ def _check(facts: ClusterFacts, name: str) -> Line:
     missing = [address for address, version in found.items() if not version]
     other = {a: v for a, v in found.items() if v and not _same(name, v, wanted)}
     if not missing and not other:
+        builds = sorted({version for version in found.values() if version != wanted})
+        if builds:
+            return ok(name, f"{wanted} in the client, {some(builds)} elsewhere: fits", **details)
         return ok(name, f"{wanted} everywhere", **details)
     parts = []
     if missing:
