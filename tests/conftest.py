@@ -72,6 +72,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def imported_by_workers() -> list[str]:
+    """Name the modules that a process needs from which workers are forked."""
+    return list(IMPORTED)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ready_workers() -> Iterator[None]:
     """Let nannies fork workers from a process that has imported torch: 0.3 s instead of seven.

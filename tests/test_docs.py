@@ -30,9 +30,12 @@ EXAMPLES = [
 
 # The blocks run in the `__main__` of a program without a file, like cells of a notebook. Padding
 # keeps the line numbers of the page in tracebacks.
+# Its clusters fork workers from a process that imports torch meanwhile, as other tests' do.
 RUNNER = """
-import json, sys
-page, blocks = json.load(sys.stdin)
+import json, multiprocessing.forkserver, sys
+page, blocks, imported = json.load(sys.stdin)
+multiprocessing.forkserver.set_forkserver_preload(imported)
+multiprocessing.forkserver.ensure_running()
 for line, source in blocks:
     exec(compile("\\n" * line + source, page, "exec"), globals())
 """
@@ -51,12 +54,12 @@ def python_blocks(page: str) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXAMPLES)
-def test_the_examples_of_a_page_run(page, tmp_path):
+def test_the_examples_of_a_page_run(page, tmp_path, imported_by_workers):
     blocks = python_blocks(page)
     assert blocks
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
-        input=json.dumps([page, blocks]),
+        input=json.dumps([page, blocks, imported_by_workers]),
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -64,6 +67,7 @@ def test_the_examples_of_a_page_run(page, tmp_path):
             **os.environ,
             "DASK_TEMPORARY_DIRECTORY": str(tmp_path),
             "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "False",
+            "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",
         },
         timeout=110,
         check=False,

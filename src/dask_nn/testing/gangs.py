@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from distributed.utils import get_mp_context
+
 from dask_nn.collectives.rendezvous import FileRendezvous, LocalRendezvous, Rendezvous
 
 if TYPE_CHECKING:
@@ -117,7 +119,10 @@ class ThreadGang:
 
 
 class ProcessGang:
-    """Ranks that are spawned processes; they stay for the next run, and the dead are replaced.
+    """Ranks that are processes; they stay for the next run, and the dead are replaced.
+
+    They are started as Dask's nannies start workers
+    (``distributed.worker.multiprocessing-method``).
 
     Parameters
     ----------
@@ -142,7 +147,7 @@ class ProcessGang:
     ) -> list[Outcome]:
         """Hand one rank to each process."""
         while len(self._members) < world_size:
-            self._members.append(_spawn())
+            self._members.append(_start())
         folder = tempfile.mkdtemp(prefix="dask-nn-gang-")
         try:
             rendezvous = FileRendezvous(folder)
@@ -165,7 +170,7 @@ class ProcessGang:
         except (EOFError, ConnectionError):
             error = EOFError(f"the process of rank {rank} died")
         self._end(process, pipe)
-        self._members[rank] = _spawn()
+        self._members[rank] = _start()
         return Outcome(error=error)
 
     def _end(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
@@ -177,8 +182,8 @@ class ProcessGang:
         process.close()
 
 
-def _spawn() -> tuple[multiprocessing.process.BaseProcess, Connection]:
-    context = multiprocessing.get_context("spawn")
+def _start() -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    context = get_mp_context()
     here, there = context.Pipe()
     process = context.Process(target=_member_main, args=(there,), daemon=True)
     process.start()
