@@ -197,11 +197,16 @@ def network(unavailable: Callable[[str], NoReturn]) -> Iterator[Network]:
 
 
 @pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> Fault:
+def quick_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gangs grow more often than is good for speed."""
+    monkeypatch.setattr("dask_nn.controller.spmd.RESIZE_EVERY_S", 1.0)
+
+
+@pytest.fixture
+def unhurried(quick_resizes: None) -> Fault:
     """Give a pause after every step, so that a replacement is there long before the run ends."""
     import dask
 
-    monkeypatch.setattr("dask_nn.controller.spmd.RESIZE_EVERY_S", 1.0)
     forked = dask.config.get("distributed.worker.multiprocessing-method") == "forkserver"
     return Fault(point="applied", action="sleep", seconds=0.06 if forked else 0.15, every_time=True)
 

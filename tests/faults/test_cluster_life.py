@@ -112,6 +112,7 @@ def train_here(job: Any, config: dict[str, Any]) -> Any:
         return job.train(None)
 
 
+@pytest.mark.usefixtures("quick_resizes")
 def test_a_cluster_that_grows_and_shrinks(job, make_scalable, ledger, same_bits, heard, tmp_path):
     client = make_scalable(1)
     written = ledger(client)
@@ -124,9 +125,9 @@ def test_a_cluster_that_grows_and_shrinks(job, make_scalable, ledger, same_bits,
             elif event.name == "resized" and event.details["ranks"] > 1:
                 client.cluster.scale(1)
 
-    result = job.train(client, epochs=5, callbacks=[heard, Scale()])
-    same_bits(result, job.train(None, epochs=5))
-    written.check(job.order(5))
+    result = job.train(client, epochs=4, callbacks=[heard, Scale()])
+    same_bits(result, job.train(None, epochs=4))
+    written.check(job.order(4))
     sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
     assert max(sizes) > 1
     assert sizes[-1] == 1
@@ -139,6 +140,7 @@ def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, sa
     same_bits(job.train(client), undisturbed)
 
 
+@pytest.mark.usefixtures("quick_resizes")
 def test_adaptive_scaling_in_both_directions(
     job, make_scalable, ledger, same_bits, heard, tmp_path
 ):
@@ -159,9 +161,9 @@ def test_adaptive_scaling_in_both_directions(
                     other.cancel()
                 client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
 
-    result = job.train(client, epochs=8, callbacks=[heard, Adapt()])
-    same_bits(result, job.train(None, epochs=8))
-    written.check(job.order(8))
+    result = job.train(client, epochs=5, callbacks=[heard, Adapt()])
+    same_bits(result, job.train(None, epochs=5))
+    written.check(job.order(5))
     sizes = [e.details["ranks"] for e in heard.events if e.name in {"resized", "recovered"}]
     assert sizes == [2, 1]
 

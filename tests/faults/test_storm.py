@@ -21,7 +21,7 @@ from dask_nn.testing.faults import Fault, install
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-KILLS = int(os.environ.get("DASK_NN_STORM_KILLS", "8"))
+KILLS = int(os.environ.get("DASK_NN_STORM_KILLS", "5"))
 WORKERS = 3
 EPOCHS_PER_KILL = 4
 PAUSE_S = 0.02

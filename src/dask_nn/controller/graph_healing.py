@@ -86,6 +86,8 @@ class Healing:
             If the run shall not go on.
         """
         began = time.monotonic()
+        # Who was lost is told before the run is given up for it.
+        watch.look(at_once=True)
         while True:
             watch.look()
             able = len(watch.present)

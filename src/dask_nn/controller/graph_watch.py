@@ -97,8 +97,13 @@ class WorkerWatch:
         """The workers that were there at the last look, without those that were given up."""
         return sorted(self._present)
 
-    def look(self) -> None:
+    def look(self, *, at_once: bool = False) -> None:
         """Look around, once in a while.
+
+        Parameters
+        ----------
+        at_once : bool, default False
+            Whether to look even if the last look was a moment ago.
 
         Raises
         ------
@@ -108,7 +113,7 @@ class WorkerWatch:
         if self._client.status != "running":
             raise scheduler_lost(self._client)
         now = time.monotonic()
-        if now - self._looked < LOOK_EVERY_S:
+        if now - self._looked < LOOK_EVERY_S and not at_once:
             return
         late = now - self._looked > LATE_S
         try:
