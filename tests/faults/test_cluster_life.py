@@ -140,6 +140,27 @@ def test_adaptive_scaling_leaves_ranks_alone(job, undisturbed, make_scalable, sa
     same_bits(job.train(client), undisturbed)
 
 
+async def hold_replicas(dask_scheduler: Any) -> None:
+    dask_scheduler.held = dask_scheduler._replica_lock("retire-workers")
+    await dask_scheduler.held.__aenter__()
+
+
+async def let_go_of_replicas(dask_scheduler: Any) -> None:
+    await dask_scheduler.held.__aexit__(None, None, None)
+
+
+def test_gangs_form_while_a_worker_is_being_retired(job, undisturbed, make_cluster, same_bits):
+    """The scheduler replicates nothing meanwhile, and to move its data may take long."""
+    client = make_cluster(2)
+    client.run_on_scheduler(hold_replicas)
+    try:
+        began = time.monotonic()
+        same_bits(job.train(client), undisturbed)
+        assert time.monotonic() - began < PATIENCE_S
+    finally:
+        client.run_on_scheduler(let_go_of_replicas)
+
+
 @pytest.mark.usefixtures("quick_resizes")
 def test_adaptive_scaling_in_both_directions(
     job, make_scalable, ledger, same_bits, heard, tmp_path

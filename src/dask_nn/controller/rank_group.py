@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
-import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,14 @@ from distributed import KilledWorker
 from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
 from dask_nn.controller.cluster import ask_workers, in_loop
 from dask_nn.controller.rank_handles import signal_ranks
-from dask_nn.controller.reachability import ask_for_reach, judge
 from dask_nn.controller.scheduler_side import RANK_PREFIX
-from dask_nn.controller.worker_side import RankPayload, Seat, run_rank
+from dask_nn.controller.worker_side import RankPayload, Seat, is_there, run_rank
 from dask_nn.errors import Aborted
 from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Sequence
     from concurrent.futures import Future as LoopFuture
 
     from distributed import Client, Future
@@ -40,6 +39,8 @@ __all__ = [
 ]
 
 SIGNAL_S = 1.0
+# Before its gang has begun, a worker may be silent for so many timeouts of a hanging rank.
+SILENCES = 3
 
 
 class Unanswered(OSError):
@@ -257,27 +258,41 @@ class RankGroup:
         self._futures = []
 
     def _send(self, payload: bytes, timeout_s: float) -> Future[Any]:
-        """Put the payload into the memory of the gang's workers."""
+        """Put the payload into the memory of the first worker, from which the others fetch it.
+
+        Dask's own broadcast would wait until no worker of the cluster is being retired.
+        """
         addresses = [seat.address for seat in self.seats]
         scatter: Any = self._client._scatter  # noqa: SLF001  (the other has no deadline)
         sending = in_loop(
             self._client,
-            scatter(payload, workers=addresses, broadcast=True, hash=False, timeout=timeout_s),
+            scatter(payload, workers=addresses[:1], hash=False, timeout=timeout_s),
         )
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                sent: Future[Any] = sending.result(self._hang_timeout_s)
-            except TimeoutError:
-                if sending.done():
-                    raise
-            else:
-                return sent
-            asked = ask_for_reach(self._client, addresses, self._hang_timeout_s)
-            silent = judge(asked.result(4 * self._hang_timeout_s)).silent
-            if silent or time.monotonic() > deadline:
-                sending.cancel()
+        try:
+            # The task of a worker that is stopped would be waited for as long as a start may take.
+            silent = self._silent(addresses)
+            if silent:
                 raise Unanswered(tuple(sorted(silent)))
+            sent: Future[Any] = sending.result(timeout_s)
+        except TimeoutError as error:
+            if sending.done():
+                raise
+            raise Unanswered(()) from error
+        finally:
+            sending.cancel()
+        return sent
+
+    def _silent(self, addresses: Sequence[str]) -> set[str]:
+        """Give the workers that do not answer; one that imports much may take its time."""
+        patience_s = SILENCES * self._hang_timeout_s
+        asked = ask_workers(self._client, is_there, addresses, timeout_s=patience_s)
+        silent = set()
+        for address, answer in asked.result(2 * patience_s).items():
+            if isinstance(answer, TimeoutError):
+                silent.add(address)
+            elif isinstance(answer, OSError | KeyError):  # it has left meanwhile
+                raise answer
+        return silent
 
     async def _fetch_outcome(self, seat: Seat, future: Future[Any]) -> RankOutcome:
         if future.status == "error":
