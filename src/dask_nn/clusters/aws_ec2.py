@@ -24,6 +24,7 @@ from distributed.core import Status
 from dask_nn.clusters.aws_ending import GONE, TAG, describe, end_machines
 from dask_nn.clusters.aws_options import check_known
 from dask_nn.clusters.loop import see_through
+from dask_nn.clusters.request import DEATH_TIMEOUT, IDLE_TIMEOUT
 from dask_nn.clusters.serve import serve
 from dask_nn.errors import ClusterError, ConfigurationError
 
@@ -39,9 +40,6 @@ __all__ = ["check_options", "ec2_arguments", "open_cluster"]
 
 OWN = ("service", "image", "protocol")
 TAKEN = ("docker_image", "gpu_instance", "worker_module", "command")
-# Machines that nobody uses any more end themselves: those of a client that died.
-IDLE_TIMEOUT = "3600s"
-DEATH_TIMEOUT = "300s"
 # EC2 takes so much text for a machine to start with.
 LARGEST_USER_DATA = 16384
 END_TIMEOUT_S = 60

@@ -18,6 +18,7 @@ from distributed import Security
 
 from dask_nn.clusters.aws_options import check_known
 from dask_nn.clusters.certificates import as_environment, pem_texts, tls_settings
+from dask_nn.clusters.request import IDLE_TIMEOUT
 from dask_nn.clusters.serve import serve
 from dask_nn.errors import ConfigurationError
 
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 OWN = ("service", "region", "protocol")
 TAKEN = ("worker_cpu", "worker_mem", "worker_nthreads", "worker_gpu", "region_name")
-# Containers that nobody uses any more end themselves: those of a client that died.
-IDLE_TIMEOUT = "3600s"
 # GiB that Fargate sells with so many processors: from, to, in steps of.
 SIZES = {1: (2, 8, 1), 2: (4, 16, 1), 4: (8, 30, 1), 8: (16, 60, 4), 16: (32, 120, 8)}
 LEAST_MEMORY_GIB = 4

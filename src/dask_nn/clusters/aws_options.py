@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.clusters.known_names import nearest
-from dask_nn.errors import ConfigurationError
+from dask_nn.clusters.known_names import refuse_unknown
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -43,7 +42,4 @@ def check_known(
         if part.__module__.startswith("dask_cloudprovider"):
             known |= set(inspect.signature(part).parameters)
     known -= {"self", "args", "kwargs", *OF_THE_REQUEST, *taken} - set(own)
-    for name in options:
-        if name not in known:
-            hint = nearest(name, sorted(known))
-            raise ConfigurationError(f"{kind.__name__} has no option {name!r}{hint}")
+    refuse_unknown(options, sorted(known), of=f"{kind.__name__} has")

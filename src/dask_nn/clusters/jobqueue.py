@@ -18,7 +18,7 @@ from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.dashboard_port import free_or_any
 from dask_nn.clusters.jobqueue_import import import_dask_jobqueue
-from dask_nn.clusters.known_names import nearest
+from dask_nn.clusters.known_names import refuse_unknown
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.walltime import walltime_s
@@ -164,10 +164,7 @@ def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
         if part.__module__.startswith("dask_jobqueue"):
             known |= set(inspect.signature(part.__init__).parameters)
     known -= {"self", "scheduler", "name", "loop", "asynchronous", "n_workers", "job_cls"}
-    for name in request.options:
-        if name not in known:
-            hint = nearest(name, sorted(known))
-            raise ConfigurationError(f"{kind.__name__} has no option {name!r}{hint}")
+    refuse_unknown(request.options, sorted(known), of=f"{kind.__name__} has")
     if request.gpus and request.options.get("processes", 1) != 1:
         raise ConfigurationError(
             "processes= puts several workers into a job, which would see all GPUs of the job; "

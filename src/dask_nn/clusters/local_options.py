@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from distributed import LocalCluster, Nanny, Worker
 
 from dask_nn.clusters.graphics_cards import check_cards, visible_cards
-from dask_nn.clusters.known_names import nearest
+from dask_nn.clusters.known_names import refuse_unknown
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ def check_request(request: ClusterRequest) -> None:
             if (made_with := vars(part).get("__init__")) is not None:
                 known |= set(inspect.signature(made_with).parameters)
     known -= OF_THE_REQUEST
-    for name in request.options:
-        if name not in known:
-            hint = nearest(name, sorted(known), listed=False)
-            raise ConfigurationError(f"LocalCluster and its workers have no option {name!r}{hint}")
+    refuse_unknown(
+        request.options, sorted(known), of="LocalCluster and its workers have", listed=False
+    )
     if request.options.get("processes") is False:
         for name in ("env", "gpus"):
             if getattr(request, name):

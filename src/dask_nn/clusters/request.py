@@ -15,6 +15,9 @@ from dask_nn.errors import ConfigurationError
 __all__ = ["ClusterRequest"]
 
 START_TIMEOUT_S = 600.0
+# Machines that nobody uses any more end themselves: those of a client that died.
+IDLE_TIMEOUT = "3600s"
+DEATH_TIMEOUT = "300s"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ from distributed import Security, SSHCluster
 
 from dask_nn.clusters.certificates import tls_settings
 from dask_nn.clusters.graphics_cards import VISIBLE
-from dask_nn.clusters.known_names import nearest
+from dask_nn.clusters.known_names import refuse_unknown
 from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.reason import reason_of
+from dask_nn.clusters.request import DEATH_TIMEOUT, IDLE_TIMEOUT
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.ssh_hosts import (
     Host,
@@ -49,9 +50,6 @@ OPTIONS = (
     "remote_python",
 )
 REMOVE_TIMEOUT_S = 60.0
-# Machines that nobody uses any more end themselves: those of a client that died.
-IDLE_TIMEOUT = "3600s"
-DEATH_TIMEOUT = "300s"
 
 
 @contextmanager
@@ -119,9 +117,7 @@ def check_request(request: ClusterRequest) -> None:
 
 def _hosts(request: ClusterRequest) -> list[Host]:
     """Give the scheduler's host, then those of the workers, with how to reach each."""
-    for name in request.options:
-        if name not in OPTIONS:
-            raise ConfigurationError(f"SSHCluster has no option {name!r}{nearest(name, OPTIONS)}")
+    refuse_unknown(request.options, OPTIONS, of="SSHCluster has")
     names: Any = request.options.get("hosts")
     if (
         not isinstance(names, list | tuple)
