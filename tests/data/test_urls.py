@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
+import threading
+
 import dask
 import h5py
 import numpy as np
@@ -65,6 +70,70 @@ def test_workers_read_by_themselves(folder, client):
         graph = dask.utils.ensure_dict(found.__dask_graph__())
         assert len(dask.base.tokenize(graph)) > 0
         np.testing.assert_array_equal(client.compute(found).result(), X[: len(found)])
+
+
+@pytest.mark.parametrize("layout", [X, np.asfortranarray(X)], ids=["rows", "columns"])
+def test_a_numpy_file_gives_its_rows_in_either_layout(layout, tmp_path):
+    np.save(tmp_path / "X.npy", layout)
+    found = open_data(f"npy:{tmp_path / 'X.npy'}", block_size_bytes=60)
+    np.testing.assert_array_equal(found.compute(), X)
+
+
+def test_a_numpy_file_replaced_at_any_moment_is_read_whole_or_refused(tmp_path):
+    path = tmp_path / "X.npy"
+    np.save(path, X)
+    np.save(tmp_path / "shorter.npy", X[:7])
+    shutil.copy(path, tmp_path / "longer.npy")
+    found = open_data(f"npy:{path}")
+    ended = threading.Event()
+
+    def replace_over_and_over() -> None:
+        for source in itertools.cycle(["shorter.npy", "longer.npy"]):
+            if ended.is_set():
+                return
+            os.link(tmp_path / source, tmp_path / "next.npy")
+            (tmp_path / "next.npy").rename(path)
+            (tmp_path / "next.npy").unlink(missing_ok=True)
+
+    thread = threading.Thread(target=replace_over_and_over)
+    thread.start()
+    refused = []
+    try:
+        for _ in range(500):
+            try:
+                np.testing.assert_array_equal(found.compute(scheduler="sync"), X)
+            except ValueError as error:
+                refused.append(str(error))
+    finally:
+        ended.set()
+        thread.join()
+    assert 0 < len(refused) < 500
+    assert all("has changed since it was opened: shape (7, 5)" in one for one in refused)
+
+
+def test_a_numpy_file_that_was_cut_off_is_refused(tmp_path):
+    np.save(tmp_path / "X.npy", X)
+    found = open_data(f"npy:{tmp_path / 'X.npy'}")
+    os.truncate(tmp_path / "X.npy", 200)
+    with pytest.raises(ValueError, match=r"X\.npy has fewer rows than its header says"):
+        found.compute()
+
+
+@pytest.mark.parametrize("name", ["X.h5", "X.npy"])
+def test_a_file_whose_type_changes_is_refused(name, tmp_path):
+    def save(values) -> None:
+        (tmp_path / name).unlink(missing_ok=True)
+        if name == "X.npy":
+            np.save(tmp_path / name, values)
+        else:
+            with h5py.File(tmp_path / name, "w") as file:
+                file["X"] = values
+
+    save(X)
+    found = open_data(f"npy:{tmp_path / name}" if name == "X.npy" else f"hdf5:{tmp_path / name}#X")
+    save(X.astype("f8"))
+    with pytest.raises(ValueError, match=r"type float64, expected .* and float32"):
+        found.compute()
 
 
 @pytest.mark.parametrize(

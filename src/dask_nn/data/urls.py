@@ -7,7 +7,7 @@ import importlib
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -113,7 +113,7 @@ class _Hdf5Rows:
 
         with h5py.File(self.path, "r") as file:
             dataset = file[self.name]
-            _check_unchanged(f"{self.path}#{self.name}", dataset.shape, self.shape)
+            _check_unchanged(f"{self.path}#{self.name}", dataset, self)
             found: np.ndarray[Any, Any] = dataset[index]
             return found
 
@@ -131,14 +131,44 @@ class _NpyRows:
         return len(self.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
-        rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        _check_unchanged(self.path, rows.shape, self.shape)
-        return np.array(rows[index])
+        # Header and rows come from one opening: the file may be replaced at any moment, and
+        # np.load would open it twice.
+        with Path(self.path).open("rb") as file:
+            header = _NpyHeader.read(file)
+            _check_unchanged(self.path, header, self)
+            try:
+                rows = header.map(file)
+            except ValueError as error:
+                message = f"{self.path} has fewer rows than its header says: {error}"
+                raise ValueError(message) from error
+            return np.array(rows[index])
 
 
-def _check_unchanged(where: str, now: tuple[int, ...], before: tuple[int, ...]) -> None:
-    if now != before:
-        message = f"{where} has changed since it was opened: shape {now}, expected {before}"
+class _NpyHeader(NamedTuple):
+    shape: tuple[int, ...]
+    column_major: bool
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> _NpyHeader:
+        version = np.lib.format.read_magic(file)
+        first = version == (1, 0)
+        layout = np.lib.format
+        read = layout.read_array_header_1_0 if first else layout.read_array_header_2_0
+        return cls(*read(file))
+
+    def map(self, file: BinaryIO) -> np.ndarray[Any, Any]:
+        """Map the rows that follow the header just read."""
+        order: Literal["F", "C"] = "F" if self.column_major else "C"
+        return np.memmap(file, self.dtype, "r", file.tell(), self.shape, order)
+
+
+def _check_unchanged(where: str, now: Any, before: Any) -> None:
+    if (now.shape, now.dtype) != (before.shape, before.dtype):
+        message = (
+            f"{where} has changed since it was opened: shape {now.shape} and type {now.dtype}, "
+            f"expected {before.shape} and {before.dtype}"
+        )
         raise ValueError(message)
 
 
