@@ -83,6 +83,16 @@ def test_a_rank_that_is_heard_may_take_the_time_to_start(forming):
     assert forming.hung([0], 91.0) == {0: 101.0}
 
 
+def test_ranks_that_have_said_nothing_for_too_long_are_suspects(forming):
+    assert not forming.unheard([0, 1], 0.0)
+    assert not forming.unheard([0, 1], 10.0)
+    assert forming.unheard([0, 1], 10.5)
+    forming.note(1, 10.5)
+    assert forming.unheard([0, 1], 11.0)
+    forming.note(0, 11.0)
+    assert not forming.unheard([0, 1], 99.0)
+
+
 def test_ranks_that_all_wait_for_each_other_stand_still(pulses):
     pulses.note_beat(0, waiting(12.0))
     pulses.note_beat(1, waiting(11.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -269,6 +270,42 @@ def test_the_start_is_told_once_although_the_first_gang_dies_while_it_forms(
     assert told == ["start"]
     assert len(heard.named("first-step")) == 1
     assert result.start_s > 0
+
+
+def test_a_process_that_is_stopped_before_its_rank_says_a_word(
+    job, undisturbed, make_cluster, same_bits, heard_with
+):
+    """Nor here is it given the two minutes that a gang has to form."""
+    client = make_cluster(2)
+    processes = pids(client)
+    victim = max(processes)
+
+    class Stop(WorkerPlugin):
+        name = "stop-at-the-beginning"
+
+        def setup(self, worker: Any) -> None:
+            self.worker = worker
+
+        def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+            about_to_run = "dask-nn-rank" in str(key) and finish == "executing"
+            if about_to_run and self.worker.address == victim:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    client.register_plugin(Stop())
+    heard = heard_with(recovered=lambda: os.kill(processes[victim], signal.SIGCONT))
+    began = time.monotonic()
+    try:
+        result = job.train(
+            client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+        )
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(processes[victim], signal.SIGCONT)
+    assert time.monotonic() - began < PATIENCE_S
+    same_bits(result, undisturbed)
+    (hung,) = heard.named("worker-hung")
+    assert hung.details["address"] == victim
+    assert hung.details["reason"] == "does not answer"
 
 
 def test_a_rank_that_falls_silent_while_it_copies_the_state(

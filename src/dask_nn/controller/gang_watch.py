@@ -234,12 +234,16 @@ class GangWatch:
             self._restored |= gone
 
     def _look_at_the_network(self, group: RankGroup, end: GangEnd, seats: dict[int, Seat]) -> None:
-        """Ask workers whether they reach each other, where ranks wait for what does not come."""
+        """Ask workers whether they reach each other, where something does not come.
+
+        Ranks wait for their peers or for blocks, or have not said their first word.
+        """
         now = time.monotonic()
         standstill_s = self._heartbeats.standstill(seats)
         holders = self._heartbeats.holders(seats) - self._membership.removed
         if self._inquiry is None:
-            if (standstill_s or holders) and not end.is_broken and now >= self._inquire_at:
+            late = standstill_s or holders or self._heartbeats.unheard(seats, now)
+            if late and not end.is_broken and now >= self._inquire_at:
                 asked = holders | {seat.address for seat in seats.values()}
                 self._inquiry = ask_for_reach(self._client, asked, self._recovery.hang_timeout_s)
                 self._inquiry.add_done_callback(lambda _: self._changed.set())

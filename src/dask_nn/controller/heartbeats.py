@@ -137,6 +137,15 @@ class Heartbeats:
                 found[rank] = beat.unchecked_s
         return found
 
+    def unheard(self, ranks: Iterable[int], now: float) -> bool:
+        """Tell whether some of these ranks have said nothing yet, for too long.
+
+        Ranks may have to wait until their worker has time for them, or be stopped before their
+        first message: only their worker can tell.
+        """
+        pulses = [self._pulses.setdefault(rank, _Pulse(now)) for rank in ranks]
+        return any(not pulse.spoke and now - pulse.heard > self._hang_timeout_s for pulse in pulses)
+
     def standstill(self, ranks: Collection[int]) -> float:
         """Give for how long all these ranks have waited for each other, if that is too long.
 
