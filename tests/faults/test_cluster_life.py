@@ -20,7 +20,7 @@ from distributed import Client
 import dask_nn
 from dask_nn.controller.leases import Leases
 from dask_nn.errors import ClusterError
-from dask_nn.testing.faults import Fault, install
+from dask_nn.testing.faults import Fault, clear_faults, install
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -124,6 +124,8 @@ def test_a_cluster_that_grows_and_shrinks(job, make_scalable, ledger, same_bits,
                 client.cluster.scale(3)
             elif event.name == "resized" and event.details["ranks"] > 1:
                 client.cluster.scale(1)
+            elif event.name in {"resized", "recovered"}:
+                clear_faults(client, ledger=False)
 
     result = job.train(client, epochs=4, callbacks=[heard, Scale()])
     same_bits(result, job.train(None, epochs=4))
@@ -181,6 +183,8 @@ def test_adaptive_scaling_in_both_directions(
                 for other in others:
                     other.cancel()
                 client.cluster.adapt(minimum=1, maximum=1, interval="200 ms", wait_count=1)
+            elif event.name in {"resized", "recovered"}:
+                clear_faults(client, ledger=False)
 
     result = job.train(client, epochs=5, callbacks=[heard, Adapt()])
     same_bits(result, job.train(None, epochs=5))

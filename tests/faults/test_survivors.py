@@ -336,8 +336,39 @@ def test_a_rank_that_falls_silent_while_it_copies_the_state(
     assert len(heard.named("worker-lost") + heard.named("worker-hung")) >= 2
 
 
-def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path):
+def test_a_scheduler_that_is_busy_for_a_while_is_waited_for(
+    job, undisturbed, dask_processes, same_bits, heard, tmp_path
+):
+    """All signs of life come through it: it does not answer for twice the hang timeout."""
+    scheduler, _, address = dask_processes(2)
+
+    was_busy = threading.Event()
+
+    def be_busy() -> None:
+        scheduler.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        scheduler.send_signal(signal.SIGCONT)
+        was_busy.set()
+
+    class Busy(dask_nn.Callback):
+        def on_epoch_end(self, record: Any) -> None:
+            if record["epoch"] == 0:
+                threading.Thread(target=be_busy).start()
+
+    recovery = dask_nn.Recovery(hang_timeout_s=2)
+    with Client(address, set_as_default=False) as client:
+        pause = Fault(point="applied", action="sleep", seconds=0.08, every_time=True)
+        install(client, [pause], tmp_path)
+        result = job.train(client, callbacks=[heard, Busy()], recovery=recovery)
+    same_bits(result, undisturbed)
+    assert was_busy.is_set()
+    assert {event.name for event in heard.events} <= {"first-step", "epoch"}
+
+
+def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path, monkeypatch):
     """It holds its connections, and answers nothing."""
+    monkeypatch.setattr("dask_nn.controller.cluster.LIST_S", 2.0)
+    monkeypatch.setattr("dask_nn.controller.cluster.SILENT_S", 5.0)
     scheduler, _, address = dask_processes(2)
 
     class Stop(dask_nn.Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import platform
+import time
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller import scheduler_side
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 __all__ = [
+    "WorkerList",
     "ask_workers",
     "check_versions",
     "client_versions",
@@ -32,6 +34,8 @@ __all__ = [
 LISTED = 5
 # How long the scheduler may take to list its workers, and a worker, which imports torch, to answer.
 LIST_S = 10.0
+# Ranks and tasks go on without the scheduler: one that is busy for so long is waited for.
+SILENT_S = 30.0
 DESCRIBE_S = 60.0
 
 
@@ -94,6 +98,38 @@ def list_workers(client: Client) -> dict[str, str]:
     except OSError as error:
         raise scheduler_lost(client) from error
     return found
+
+
+class WorkerList:
+    """The scheduler's list of workers, asked for again and again.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._answered = time.monotonic()
+
+    def ask(self) -> dict[str, str] | None:
+        """Give the workers as `list_workers` does; None if the scheduler may answer yet.
+
+        Raises
+        ------
+        ClusterError
+            If the scheduler is gone, or has not answered for `SILENT_S`.
+        """
+        try:
+            found = list_workers(self._client)
+        except ClusterError:
+            silent_s = time.monotonic() - self._answered
+            if self._client.status != "running" or silent_s > SILENT_S:
+                raise
+            return None
+        self._answered = time.monotonic()
+        return found
 
 
 def scheduler_lost(client: Client) -> ClusterError:

@@ -39,7 +39,8 @@ CATCH_UP_EVERY_S = 1.0
 # What interrupts again within this time is the same wish: a key held down, or a callback that asks
 # to stop whenever it is called.
 SAME_PRESS_S = 0.5
-# A look that comes so late finds silence that is this process's own fault.
+# A look that comes so late finds silence that is the fault of this process, which slept, or of the
+# scheduler, which did not answer: all signs of life come through it.
 LATE_S = 3.0
 
 
@@ -150,17 +151,18 @@ class GangWatch:
         Raises
         ------
         ClusterError
-            If the scheduler is gone.
+            If the scheduler is gone, or does not answer for long.
         """
-        now = time.monotonic()
         if self._client.status != "running":
             raise scheduler_lost(self._client)
-        if now - self._looked > LATE_S:  # this process slept: nobody else is to blame
-            self._heartbeats.forgive(now)
-        if now - self._caught_up > CATCH_UP_EVERY_S:
+        if time.monotonic() - self._caught_up > CATCH_UP_EVERY_S:
             self._messages.leaving -= self._membership.catch_up()
             self._caught_up = time.monotonic()
-        self._looked = time.monotonic()
+        now = time.monotonic()
+        if now - self._looked > min(LATE_S, self._recovery.hang_timeout_s / 2):
+            self._heartbeats.forgive(now)
+            self._inquiry = None
+        self._looked = now
         self._messages.deliver()
         for address, reason in self._membership.refused().items():
             self._tell("worker-refused", address=address, rank=-1, step=-1, reason=reason)

@@ -7,9 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from dask_nn.controller import graph_tasks as tasks
-from dask_nn.controller.cluster import ask_workers, list_workers, scheduler_lost
+from dask_nn.controller.cluster import WorkerList, ask_workers, scheduler_lost
 from dask_nn.controller.membership import Membership
-from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,10 +23,8 @@ __all__ = ["Loss", "WorkerWatch"]
 LOOK_EVERY_S = 1.0
 # A task may take so many times longer than the longest before it.
 TASK_FACTOR = 5.0
-# When a look comes so late, this process itself slept, and nobody else is to blame.
+# When a look comes so late, this process slept, or the scheduler; nobody else is to blame.
 LATE_S = 5.0
-# A scheduler that answers nothing for so long is gone.
-SILENT_S = 60.0
 
 
 class Loss(NamedTuple):
@@ -79,13 +76,14 @@ class WorkerWatch:
         self._membership = Membership(client, workers, threading.Event())
         self._asked: dict[str, Future[dict[str, Any]]] = {}
         self._present: dict[str, str] = {}
-        self._looked = self._heard = 0.0
+        self._list = WorkerList(client)
+        self._looked = 0.0
 
     def __enter__(self) -> Self:
         """Begin to watch."""
         self._membership.__enter__()
-        self._present = list_workers(self._client)
-        self._looked = self._heard = time.monotonic()
+        self._present = self._list.ask() or {}
+        self._looked = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,29 +113,25 @@ class WorkerWatch:
         now = time.monotonic()
         if now - self._looked < LOOK_EVERY_S and not at_once:
             return
-        late = now - self._looked > LATE_S
-        try:
-            present = list_workers(self._client)
-        except ClusterError:
-            if self._client.status != "running" or now - self._heard > SILENT_S:
-                raise
-            self._looked = time.monotonic()
-            return
-        self._heard = time.monotonic()
+        present = self._list.ask()
+        if present is None:
+            return  # the next look comes late
+        if time.monotonic() - self._looked > LATE_S:
+            self._asked.clear()
         for address, process in self._present.items():
             if present.get(address) != process:
                 self._asked.pop(address, None)
                 self._on_loss(Loss("lost", address, "left the cluster"))
         self._present = present
         for address in list(present):
-            self._judge(address, late=late)
+            self._judge(address)
         self._looked = time.monotonic()
 
-    def _judge(self, address: str, *, late: bool) -> None:
+    def _judge(self, address: str) -> None:
         asked = self._asked.get(address)
         if asked is not None and not asked.done():
             return
-        if asked is not None and not late and (reason := self._complaint(asked.result()[address])):
+        if asked is not None and (reason := self._complaint(asked.result()[address])):
             del self._asked[address], self._present[address]
             self._membership.evict(address, reason)
             self._membership.settle()

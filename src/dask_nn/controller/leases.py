@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Leases"]
 
 ANSWER_S = 10.0
+# A scheduler that is busy does what it is asked when it comes to it.
+RELEASE_S = 2.0
 POLL_S = 0.2
 # The attributes of the scheduler that hold the list, and the runs that are not over.
 ATTRIBUTE = "dask_nn_leases"
@@ -126,18 +128,20 @@ class Leases:
     def release(self) -> None:
         """Give everything back, and a place in the queue."""
         with contextlib.suppress(Exception):  # what ended the run says more
-            self._ask(_release)
+            self._ask(_release, timeout_s=RELEASE_S)
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _ask(
+        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = ANSWER_S
+    ) -> Any:
         question: Any = self._client._run_on_scheduler(  # noqa: SLF001  (the other has no deadline)
             function, self._run_id, self._client.id, *arguments
         )
         answer = in_loop(self._client, question)
         try:
-            return answer.result(ANSWER_S)
+            return answer.result(timeout_s)
         except TimeoutError as error:
             answer.cancel()
-            message = f"the scheduler did not answer within {ANSWER_S:g} s"
+            message = f"the scheduler did not answer within {timeout_s:g} s"
             raise ClusterError(message) from error
         except OSError as error:
             raise scheduler_lost(self._client) from error

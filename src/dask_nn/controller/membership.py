@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from dask_nn.controller.admission import Admission
-from dask_nn.controller.cluster import in_loop, list_workers
+from dask_nn.controller.cluster import WorkerList, in_loop
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.controller.scheduler_side import remove_worker
-from dask_nn.errors import ClusterError, ConfigurationError, IncompatibleWorkers
+from dask_nn.errors import ConfigurationError, IncompatibleWorkers
 
 if TYPE_CHECKING:
     import threading
@@ -73,6 +73,7 @@ class Membership:
         self._client = client
         self._facts = {worker.address: worker for worker in workers}
         self._changed = changed
+        self._list = WorkerList(client)
         self._admission = Admission(client, checkpoint)
         self._asked: dict[str, _Examination] = {}
         self._excluded: dict[str, str] = {}
@@ -116,12 +117,16 @@ class Membership:
         -------
         set of str
             Addresses where another process is now.
+
+        Raises
+        ------
+        ClusterError
+            If the scheduler is gone, or has been silent for too long.
         """
         gone = set(self.removed)
-        try:
-            present = list_workers(self._client)
-        except ClusterError:
-            return set()  # whoever cares looks at the connection itself
+        present = self._list.ask()
+        if present is None:
+            return set()
         replaced = {
             address
             for address, process in present.items()

@@ -141,17 +141,18 @@ def install(client: Client, planned: Sequence[Fault], folder: Path) -> list[Path
     return marks
 
 
-def clear_faults(client: Client) -> None:
-    """Take the faults and the ledger out of the workers again."""
-    for name in ("dask-nn-faults", "dask-nn-ledger"):
+def clear_faults(client: Client, *, ledger: bool = True) -> None:
+    """Take the faults out of the workers again, and the ledger too unless it is to go on."""
+    for name in ("dask-nn-faults", "dask-nn-ledger") if ledger else ("dask-nn-faults",):
         try:
             client.unregister_worker_plugin(name)
         except ValueError:
             continue
-    client.run(disarm)
+    client.run(disarm, ledger=ledger)
 
 
-_hooks: list[Any] = []
+# By what they are for: "faults" and "ledger".
+_hooks: dict[str, Any] = {}
 
 
 def arm(pairs: Sequence[tuple[Fault, str]]) -> None:
@@ -162,24 +163,25 @@ def arm(pairs: Sequence[tuple[Fault, str]]) -> None:
             if fault.matches(point, place) and (fault.every_time or _claim(mark)):
                 _break(fault)
 
-    _add(hook)
+    _set("faults", hook)
 
 
-def disarm() -> None:
-    """Take the hooks of this process away."""
-    _hooks.clear()
-    faults.hook = None
+def disarm(*, ledger: bool = False) -> None:
+    """Take the faults of this process away, and the ledger too if wanted."""
+    _set("faults", None)
+    if ledger:
+        _set("ledger", None)
 
 
-def _add(hook: Any) -> None:
-    _hooks.append(hook)
-    hooks = tuple(_hooks)
+def _set(purpose: str, hook: Any) -> None:
+    _hooks[purpose] = hook
+    hooks = tuple(each for each in _hooks.values() if each is not None)
 
     def call_all(point: str, place: dict[str, Any]) -> None:
         for each in hooks:
             each(point, place)
 
-    faults.hook = call_all
+    faults.hook = call_all if hooks else None
 
 
 def _claim(mark: str) -> bool:
@@ -264,7 +266,7 @@ def _record_in(folder: str) -> None:
         elif point == "applied":
             file.write(json.dumps(["applied", place["step"] - 1, place["rank"]]) + "\n")
 
-    _add(hook)
+    _set("ledger", hook)
 
 
 @dataclass(frozen=True)
