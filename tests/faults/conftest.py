@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import cloudpickle
+import dask
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps
 from dask_nn.testing.network import Network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from dask_nn.events import Event
@@ -136,16 +138,12 @@ def make_job() -> Job:
 @pytest.fixture(scope="session")
 def undisturbed(job: Job) -> TrainingResult:
     """Train the job in this process, where nothing can be lost."""
-    import dask
-
     with dask.config.set({"dask-nn.block-size": f"{BLOCK_ROWS * 32} B"}):
         return job.train(None)
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks() -> Iterator[None]:
-    import dask
-
     with dask.config.set({"dask-nn.block-size": f"{BLOCK_ROWS * 32} B"}):
         yield
 
@@ -205,8 +203,6 @@ def quick_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unhurried(quick_resizes: None) -> Fault:
     """Give a pause after every step, so that a replacement is there long before the run ends."""
-    import dask
-
     forked = dask.config.get("distributed.worker.multiprocessing-method") == "forkserver"
     return Fault(point="applied", action="sleep", seconds=0.06 if forked else 0.15, every_time=True)
 
@@ -257,33 +253,66 @@ def _same_bits(result: TrainingResult, reference: TrainingResult) -> None:
 
 @pytest.fixture
 def dask_config() -> Any:
-    import dask
-
     return dask.config.set
 
 
-@pytest.fixture
-def dask_processes(tmp_path: Path) -> Iterator[Callable[[int], tuple[Any, list[Any], str]]]:
-    """Give a function that starts a scheduler and workers as processes of their own."""
-    started: list[subprocess.Popen[str]] = []
+class DaskProcess:
+    """A ``dask scheduler`` or ``dask worker``, started as the workers of the other tests are.
 
-    def launch(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+    Parameters
+    ----------
+    arguments : sequence of str
+        Of the command, after ``dask``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        method = dask.config.get("distributed.worker.multiprocessing-method")
+        context: Any = multiprocessing.get_context(method)
+        self._process = context.Process(target=_dask, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float) -> None:
+        self._process.join(timeout)
+        assert not self._process.is_alive(), f"still there after {timeout:g} s"
+
+
+def _dask(kind: str, *arguments: str) -> None:
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    command = importlib.import_module(f"distributed.cli.dask_{kind}").main
+    command(arguments)
+
+
+@pytest.fixture
+def dask_processes(
+    tmp_path: Path,
+) -> Iterator[Callable[[int], tuple[DaskProcess, list[DaskProcess], str]]]:
+    """Give a function that starts a scheduler and workers as processes of their own."""
+    started: list[DaskProcess] = []
+
+    def launch(*arguments: str) -> DaskProcess:
+        process = DaskProcess(arguments)
         started.append(process)
         return process
 
-    def start_worker(address: str, threads: int = 1) -> subprocess.Popen[str]:
+    def start_worker(address: str, threads: int = 1) -> DaskProcess:
         return launch(
             "worker", address, "--no-nanny", "--nthreads", str(threads), "--no-dashboard",
             "--death-timeout", "5", "--local-directory", str(tmp_path / "worker"),
         )  # fmt: skip
 
-    def make(workers: int, port: int = 0) -> tuple[Any, list[Any], str]:
+    def make(workers: int, port: int = 0) -> tuple[DaskProcess, list[DaskProcess], str]:
         file = tmp_path / f"scheduler-{len(started)}.json"
         scheduler = launch(
             "scheduler", "--host", "127.0.0.1", "--port", str(port),
@@ -304,4 +333,4 @@ def dask_processes(tmp_path: Path) -> Iterator[Callable[[int], tuple[Any, list[A
     yield make
     for process in started:
         process.kill()
-        process.wait()
+        process.wait(30)

@@ -269,7 +269,7 @@ def test_a_scheduler_that_is_killed_and_started_again(job, same_bits, dask_proce
     class Kill(dask_nn.Callback):
         def on_event(self, event: Any) -> None:
             if event.name == "checkpoint":
-                os.kill(scheduler.pid, signal.SIGKILL)
+                scheduler.kill()
 
     with Client(address, set_as_default=False) as client:
         slow_down(client, tmp_path, 0.01)

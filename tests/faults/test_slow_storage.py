@@ -181,7 +181,7 @@ def test_the_graph_engine_saves_in_the_middle_and_when_its_scheduler_is_killed(
 
     def kill() -> None:
         time.sleep(0.3)
-        os.kill(scheduler.pid, signal.SIGKILL)
+        scheduler.kill()
 
     saved = dask_nn.Checkpoint(folder, every=20, keep=None)
     with Client(address, set_as_default=False) as client, pytest.raises(ClusterError):

@@ -50,10 +50,10 @@ def test_a_survivor_that_computes_for_long_keeps_its_state(
 
 
 def test_a_resize_waits_for_the_step_under_way(job, make_scalable, same_bits, heard_with, tmp_path):
-    """A step of 16 s, and a worker that joins in the middle of it: nobody is given up."""
+    """A step of 10 s, and a worker that joins in the middle of it: nobody is given up."""
     client = make_scalable(1)
     strategy = dask_nn.Synchronous(shards=8, threads_per_rank=1)
-    slow = Fault(point="forward", action="sleep", seconds=2.0, every_time=True)
+    slow = Fault(point="forward", action="sleep", seconds=1.25, every_time=True)
     install(client, [slow], tmp_path)
     heard = heard_with(
         first_step=lambda: client.cluster.scale(2), resized=lambda: clear_faults(client)
