@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WorkerList",
+    "ask_scheduler",
     "ask_workers",
     "check_versions",
     "client_versions",
@@ -87,17 +88,30 @@ def list_workers(client: Client) -> dict[str, str]:
     ClusterError
         If the scheduler is gone, or does not answer.
     """
-    question: Any = client._run_on_scheduler(scheduler_side.list_workers)  # noqa: SLF001  (the other has no deadline)
+    found: dict[str, str] = ask_scheduler(client, scheduler_side.list_workers, timeout_s=LIST_S)
+    return found
+
+
+def ask_scheduler(
+    client: Client, function: Callable[..., Any], *arguments: Any, timeout_s: float
+) -> Any:
+    """Call a function on the scheduler, as ``Client.run_on_scheduler`` does without a deadline.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is gone, or does not answer in time.
+    """
+    question: Any = client._run_on_scheduler(function, *arguments)  # noqa: SLF001
     answer = in_loop(client, question)
     try:
-        found: dict[str, str] = answer.result(LIST_S)
+        return answer.result(timeout_s)
     except TimeoutError as error:
         answer.cancel()
-        message = f"the scheduler did not answer within {LIST_S:g} s"
+        message = f"the scheduler did not answer within {timeout_s:g} s"
         raise ClusterError(message) from error
     except OSError as error:
         raise scheduler_lost(client) from error
-    return found
 
 
 class WorkerList:

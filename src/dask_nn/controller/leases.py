@@ -10,7 +10,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.cluster import in_loop, scheduler_lost
+from dask_nn.controller.cluster import ask_scheduler
 from dask_nn.controller.scheduler_side import RanksMayMove
 from dask_nn.errors import ClusterError
 
@@ -133,18 +133,9 @@ class Leases:
     def _ask(
         self, function: Callable[..., Any], *arguments: Any, timeout_s: float = ANSWER_S
     ) -> Any:
-        question: Any = self._client._run_on_scheduler(  # noqa: SLF001  (the other has no deadline)
-            function, self._run_id, self._client.id, *arguments
+        return ask_scheduler(
+            self._client, function, self._run_id, self._client.id, *arguments, timeout_s=timeout_s
         )
-        answer = in_loop(self._client, question)
-        try:
-            return answer.result(timeout_s)
-        except TimeoutError as error:
-            answer.cancel()
-            message = f"the scheduler did not answer within {timeout_s:g} s"
-            raise ClusterError(message) from error
-        except OSError as error:
-            raise scheduler_lost(self._client) from error
 
 
 def _table(scheduler: Any) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, list[str]]]]:
