@@ -218,8 +218,12 @@ class GangWatch:
         for seat in group.lost(removed):
             if seat.address not in removed:
                 self._give_up(end, seat, "hung", "did not hand over how its rank ended")
-            else:
+            elif not self._may_leave(group, end, seat):
                 end.lose([_loss(seat, "lost", "left the cluster")])
+            elif end.cause is None:
+                # Its rank comes to a step boundary, and makes the others stop there.
+                end.break_off("resize")
+                group.signal("stop", removed)
         seats = {seat.rank: seat for seat in group.running(removed)}
         now = time.monotonic()
         for rank, silent_s in self._heartbeats.hung(seats, now).items():
@@ -228,12 +232,18 @@ class GangWatch:
             reason = f"gave no sign of life for {silent_s:.0f} s"
             self._give_up(end, seats[rank], "hung", reason)
         self._look_at_the_network(group, end, seats)
-        if any(outcome.status in {"failed", "aborted"} for outcome in end.outcomes):
+        if _have_failed(end):
             end.break_off("broken")
         members = {seat.address for seat in group.seats}
         gone = self._membership.removed - self._restored - members
         if gone and not end.is_broken and self._restore_blocks():
             self._restored |= gone
+
+    def _may_leave(self, group: RankGroup, end: GangEnd, seat: Seat) -> bool:
+        """Tell whether a retired worker's rank stops with the others, as far as one can see."""
+        others = end.outcomes or group.unknown(self._membership.removed)
+        retired = self._membership.is_retired(seat.address)
+        return retired and bool(others) and not _have_failed(end) and not end.is_broken
 
     def _look_at_the_network(self, group: RankGroup, end: GangEnd, seats: dict[int, Seat]) -> None:
         """Ask workers whether they reach each other, where something does not come.
@@ -304,6 +314,10 @@ class GangWatch:
 
     def _tell(self, name: str, **details: Any) -> None:
         self._listener.on_event(Event(name=name, time_s=time.time(), details=details))
+
+
+def _have_failed(end: GangEnd) -> bool:
+    return any(outcome.status in {"failed", "aborted"} for outcome in end.outcomes)
 
 
 def _loss(seat: Seat, cause: Cause, reason: str) -> Loss:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dask_nn.controller.admission import Admission
 from dask_nn.controller.cluster import WorkerList, in_loop
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
+from dask_nn.controller.rank_handles import LEAVE_S
 from dask_nn.controller.scheduler_side import remove_worker
 from dask_nn.errors import ConfigurationError, IncompatibleWorkers
 
@@ -28,6 +29,8 @@ __all__ = ["Membership"]
 logger = logging.getLogger("dask_nn")
 
 EVICT_S = 5.0
+# The ranks of a worker that was retired get so long to come to a step boundary.
+RETIRE_S = LEAVE_S + 2.0
 # A worker that joins and does not reach its peers is asked again so much later.
 ASK_AGAIN_S = 10.0
 
@@ -82,6 +85,7 @@ class Membership:
         self._evictions: list[Future[Any]] = []
         self._followed: set[str] = set()
         self._ask_again: dict[str, float] = {}
+        self._retired: dict[str, float] = {}
         self.removed: set[str] = set()
         self.engaged: Collection[str] = ()
 
@@ -143,6 +147,8 @@ class Membership:
         late = (gone & present.keys()) - self._evicted - set(self.engaged)
         self.removed -= replaced | late
         self._evicted -= replaced
+        for address in replaced | late:
+            self._retired.pop(address, None)
         # Who joins when others die would try in vain to reach those, and be refused for it.
         for address, examination in list(self._asked.items()):
             if examination.peers & self.removed and not examination.future.done():
@@ -176,6 +182,14 @@ class Membership:
             self._client._run_on_scheduler(remove_worker, address),  # noqa: SLF001  (the other blocks)
         )
         self._evictions.append(future)
+
+    def is_retired(self, address: str) -> bool:
+        """Tell whether a removed worker was just retired, and may still be at work.
+
+        Then its ranks come to a step boundary. Dask lets go of such a worker before it closes.
+        """
+        retired_at = self._retired.get(address)
+        return retired_at is not None and time.monotonic() < retired_at + RETIRE_S
 
     def settle(self) -> None:
         """Wait until the scheduler has let go of what was evicted; it does so within seconds."""
@@ -233,6 +247,8 @@ class Membership:
 
         def hear(event: tuple[float, Any]) -> None:
             if event[1].get("action") == "remove-worker":
+                if event[1].get("expected") and address not in self._evicted:
+                    self._retired[address] = time.monotonic()
                 self.removed.add(address)
                 self._changed.set()
 

@@ -431,7 +431,7 @@ class _Run:
                     able = 0 if seating is None else len(seating.workers)
                     self._tell("waiting", able=able, ranks=len(before.workers))
                 self._watch.wait()
-            elif cause == "resize" or self._have_all_blocks():
+            elif self._have_all_blocks():
                 return seating
 
     def _have_all_blocks(self) -> bool:
