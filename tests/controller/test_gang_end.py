@@ -64,6 +64,13 @@ def test_judgements(statuses, cause, interrupted, expected):
     assert end.cause == expected
 
 
+def test_without_rank_0_nobody_says_that_the_last_checkpoint_is_whole():
+    """Its worker was retired when the others had ended."""
+    end = GangEnd(outcomes=[outcome("finished", rank) for rank in (1, 2)], cause="resize")
+    end.judge(0)
+    assert end.cause == "resize"
+
+
 def test_a_later_gang_refuses_who_computes_other_bits():
     error = IncompatibleWorkers("other bits", ("b",))
     end = GangEnd(outcomes=[outcome("failed", exception=error)])

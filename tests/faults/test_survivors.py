@@ -17,6 +17,7 @@ from distributed import Client, WorkerPlugin
 
 import dask_nn
 from dask_nn.controller.leases import Leases
+from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores
 
@@ -73,8 +74,10 @@ def test_a_resize_waits_for_the_step_under_way(job, make_scalable, same_bits, he
 
 
 def test_a_stopped_worker_that_only_holds_blocks_is_given_up(
-    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+    job, make_cluster, same_bits, heard_with, tmp_path
 ):
+    # Ranks read a window ahead: with wider ones they might have all blocks when it is stopped.
+    undisturbed = job.train(None, window=1)
     client = make_cluster(3)
     pretend_cores(client, 2)
     pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
@@ -89,7 +92,7 @@ def test_a_stopped_worker_that_only_holds_blocks_is_given_up(
     heard = heard_with(first_step=stop_the_third)
     recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
     try:
-        result = job.train(client, callbacks=[heard], recovery=recovery)
+        result = job.train(client, callbacks=[heard], recovery=recovery, window=1)
     finally:
         for pid in processes.values():
             os.kill(pid, signal.SIGCONT)
@@ -363,6 +366,56 @@ def test_a_scheduler_that_is_busy_for_a_while_is_waited_for(
     same_bits(result, undisturbed)
     assert was_busy.is_set()
     assert {event.name for event in heard.events} <= {"first-step", "epoch"}
+
+
+def test_a_scheduler_that_is_busy_when_the_ranks_end_is_waited_for(
+    job, undisturbed, dask_processes, same_bits, heard, monkeypatch
+):
+    """How they ended is fetched through it: nobody is given up for that."""
+    scheduler, _, address = dask_processes(2)
+    gather: Any = Client._gather
+    asked: list[float] = []
+
+    def go_on() -> None:
+        time.sleep(5)
+        scheduler.send_signal(signal.SIGCONT)
+
+    async def gather_later(client: Client, futures: Any, *more: Any, **options: Any) -> Any:
+        if any(str(getattr(future, "key", "")).startswith(RANK_PREFIX) for future in futures):
+            if not asked:
+                scheduler.send_signal(signal.SIGSTOP)
+                threading.Thread(target=go_on).start()
+            asked.append(time.monotonic())
+        return await gather(client, futures, *more, **options)
+
+    monkeypatch.setattr(Client, "_gather", gather_later)
+    recovery = dask_nn.Recovery(hang_timeout_s=2, max_failures=0)
+    with Client(address, set_as_default=False) as client:
+        result = job.train(client, callbacks=[heard], recovery=recovery)
+    same_bits(result, undisturbed)
+    assert asked[-1] - asked[0] > 4
+    assert {event.name for event in heard.events} <= {"first-step", "epoch"}
+
+
+def test_one_is_killed_and_the_other_one_stopped(
+    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+):
+    """Who hangs in a gang that is broken already is given up, too."""
+    client = make_cluster(2)
+    stop = Fault(point="forward", rank=1, step=30, action="stop")
+    install(client, [stop, Fault(point="before exchange", rank=0, step=30)], tmp_path)
+    stopped = list(pids(client).values())
+    began = time.monotonic()
+    heard = heard_with()
+    try:
+        result = job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2))
+    finally:
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    assert time.monotonic() - began < PATIENCE_S
+    same_bits(result, undisturbed)
+    assert heard.named("worker-lost") or heard.named("worker-hung")
 
 
 def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import platform
 import time
@@ -37,6 +38,8 @@ LISTED = 5
 LIST_S = 10.0
 # Ranks and tasks go on without the scheduler: one that is busy for so long is waited for.
 SILENT_S = 30.0
+# A scheduler that takes so long for an answer has had no time for others either.
+BUSY_S = 0.5
 DESCRIBE_S = 60.0
 
 
@@ -114,6 +117,16 @@ def ask_scheduler(
         raise scheduler_lost(client) from error
 
 
+async def is_busy(client: Client) -> bool:
+    """Tell, within `SILENT_S`, whether the scheduler takes long: workers are not to blame then."""
+    question: Any = client._run_on_scheduler(scheduler_side.list_workers)  # noqa: SLF001
+    asked_at = time.monotonic()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SILENT_S):
+            await question
+    return time.monotonic() - asked_at > BUSY_S
+
+
 class WorkerList:
     """The scheduler's list of workers, asked for again and again.
 
@@ -125,7 +138,7 @@ class WorkerList:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._answered = time.monotonic()
+        self._unanswered_since: float | None = None
 
     def ask(self) -> dict[str, str] | None:
         """Give the workers as `list_workers` does; None if the scheduler may answer yet.
@@ -135,14 +148,17 @@ class WorkerList:
         ClusterError
             If the scheduler is gone, or has not answered for `SILENT_S`.
         """
+        asked_at = time.monotonic()
         try:
             found = list_workers(self._client)
         except ClusterError:
-            silent_s = time.monotonic() - self._answered
+            if self._unanswered_since is None:
+                self._unanswered_since = asked_at
+            silent_s = time.monotonic() - self._unanswered_since
             if self._client.status != "running" or silent_s > SILENT_S:
                 raise
             return None
-        self._answered = time.monotonic()
+        self._unanswered_since = None
         return found
 
 

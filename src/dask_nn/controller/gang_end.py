@@ -111,7 +111,9 @@ class GangEnd:
         if failed or "non_finite" in done or self.interrupted:
             self.cause = None
         elif self.cause == "resize":
-            self.cause = None if done == {"finished"} else "resize"
+            # Without rank 0 nobody says that the last checkpoint is whole.
+            whole = done == {"finished"} and any(outcome.rank == 0 for outcome in self.outcomes)
+            self.cause = None if whole else "resize"
         elif self.cause is None and done != {"finished"}:
             # Nobody here asked them to stop: a worker of theirs is about to close.
             stopped = bool(done) and done <= {"finished", "stopped"}

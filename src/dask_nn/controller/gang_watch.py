@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.cluster import scheduler_lost
+from dask_nn.controller.cluster import SILENT_S, in_loop, is_busy, scheduler_lost
 from dask_nn.controller.gang_end import GangEnd, Loss
 from dask_nn.controller.reachability import ask_for_reach, judge, largest_reachable
 from dask_nn.events import Event
@@ -138,7 +138,7 @@ class GangWatch:
             self._told_of_stopping = True
             self._tell("stopping", ranks=len(seats))
         order = "finish" if self._impatient_at is None else "abort"
-        group.signal(order, removed)  # again and again: one may just be starting
+        self._signal(group, order)  # again and again: one may just be starting
 
     def wait(self) -> None:
         """Wait until something happens, or a moment."""
@@ -192,17 +192,23 @@ class GangWatch:
                 self._blame_the_network(group, end)
             return True
         if end.is_broken:
-            group.signal("abort", removed)  # again and again: one may just be starting
+            self._signal(group, "abort")  # again and again: one may just be starting
         elif end.interrupted:
             self._stop(group)
         elif end.cause is None and self._wants_resize(group):
             # It goes on until it comes to a step boundary, however long that takes.
             end.break_off("resize")
-            group.signal("stop", removed)
+            self._signal(group, "stop")
         if self._messages.save_wanted and not end.interrupted:
             self._messages.save_wanted = False
-            group.signal("save", removed)
+            self._signal(group, "save")
         return False
+
+    def _signal(self, group: RankGroup, order: str) -> None:
+        """Give the ranks an order; waiting for those that hang is no lateness of the scheduler."""
+        began = time.monotonic()
+        group.signal(order, self._membership.removed)
+        self._looked += time.monotonic() - began
 
     def _are_left(self, seats: list[Seat], end: GangEnd) -> bool:
         """Tell whether ranks are not waited for any more that have neither ended nor hang."""
@@ -223,7 +229,7 @@ class GangWatch:
             elif end.cause is None:
                 # Its rank comes to a step boundary, and makes the others stop there.
                 end.break_off("resize")
-                group.signal("stop", removed)
+                self._signal(group, "stop")
         seats = {seat.rank: seat for seat in group.running(removed)}
         now = time.monotonic()
         for rank, silent_s in self._heartbeats.hung(seats, now).items():
@@ -277,7 +283,9 @@ class GangWatch:
             return
         timeout_s = self._recovery.hang_timeout_s
         asked = ask_for_reach(self._client, members, timeout_s)
-        self._give_up_unreachable(group, end, asked.result(4 * timeout_s))
+        answers = asked.result(4 * timeout_s)
+        if not in_loop(self._client, is_busy(self._client)).result(2 * SILENT_S):
+            self._give_up_unreachable(group, end, answers)
 
     def _give_up_unreachable(self, group: RankGroup, end: GangEnd, answers: dict[str, Any]) -> bool:
         """Let go of workers that do not answer, or that the most do not reach; True if any."""

@@ -116,7 +116,7 @@ class WorkerWatch:
         present = self._list.ask()
         if present is None:
             return  # the next look comes late
-        if time.monotonic() - self._looked > LATE_S:
+        if time.monotonic() - self._looked > LOOK_EVERY_S + min(LATE_S, self._hang_timeout_s / 2):
             self._asked.clear()
         for address, process in self._present.items():
             if present.get(address) != process:

@@ -10,7 +10,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.cluster import ask_scheduler
+from dask_nn.controller.cluster import SILENT_S, ask_scheduler
 from dask_nn.controller.scheduler_side import RanksMayMove
 from dask_nn.errors import ClusterError
 
@@ -68,7 +68,8 @@ class Leases:
         ClusterError
             If the scheduler does not answer.
         """
-        return set(self._ask(_claim, sorted(wanted), queue))
+        timeout_s = SILENT_S if queue else ANSWER_S
+        return set(self._ask(_claim, sorted(wanted), queue, timeout_s=timeout_s))
 
     def taken(self) -> set[str]:
         """Give the workers that other runs have, or waited for before this one did.

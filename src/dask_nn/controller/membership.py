@@ -143,6 +143,7 @@ class Membership:
         late = (gone & present.keys()) - self._evicted - set(self.engaged)
         self.removed -= replaced | late
         self._evicted -= replaced
+        self._retired = {a: at for a, at in self._retired.items() if a not in late}
         # Who joins when others die would try in vain to reach those, and be refused for it.
         for address, examination in list(self._asked.items()):
             if examination.peers & self.removed and not examination.future.done():

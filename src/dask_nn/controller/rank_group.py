@@ -12,7 +12,7 @@ import cloudpickle
 from distributed import KilledWorker
 
 from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
-from dask_nn.controller.cluster import ask_workers, in_loop
+from dask_nn.controller.cluster import SILENT_S, ask_workers, in_loop, is_busy
 from dask_nn.controller.rank_handles import signal_ranks
 from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.controller.worker_side import RankPayload, Seat, is_there, run_rank
@@ -272,7 +272,8 @@ class RankGroup:
             # The task of a worker that is stopped would be waited for as long as a start may take.
             silent = self._silent(addresses)
             if silent:
-                raise Unanswered(tuple(sorted(silent)))
+                busy = in_loop(self._client, is_busy(self._client)).result(2 * SILENT_S)
+                raise Unanswered(() if busy else tuple(sorted(silent)))
             sent: Future[Any] = sending.result(timeout_s)
         except TimeoutError as error:
             if sending.done():
@@ -299,12 +300,23 @@ class RankGroup:
             return outcome_of_error(seat, await future._exception())  # noqa: SLF001
         if future.status == "cancelled":
             return outcome_of_error(seat, None)
-        async with asyncio.timeout(self._hang_timeout_s):
-            (outcome,) = await self._client._gather([future])  # noqa: SLF001  (no deadline there)
+        outcome = await self._gather(future)
         if not isinstance(outcome, RankOutcome):
             message = f"rank {seat.rank} ended with {outcome!r}"
             raise TypeError(message)
         return outcome
+
+    async def _gather(self, future: Future[Any]) -> Any:
+        """Fetch a result, with a deadline that holds for its worker, not for the scheduler."""
+        while True:
+            try:
+                async with asyncio.timeout(self._hang_timeout_s):
+                    (result,) = await self._client._gather([future])  # noqa: SLF001  (has none)
+            except TimeoutError:
+                if not await is_busy(self._client):
+                    raise
+            else:
+                return result
 
 
 def outcome_of_error(seat: Seat, error: BaseException | None) -> RankOutcome:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dask_nn.errors import ClusterError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
@@ -66,7 +68,7 @@ class Seats:
         return seating
 
     def claim(self, leaving: Iterable[str]) -> Seating | None:
-        """Choose and claim workers among those that are there now.
+        """Choose and claim workers among those that are there now; None if the scheduler is silent.
 
         Parameters
         ----------
@@ -74,11 +76,14 @@ class Seats:
             Workers that are about to close.
         """
         self._exclude(leaving)
-        seating = self._find(self._leases.taken())
-        return None if seating is None or self._leases.claim(seating.addresses) else seating
+        try:
+            seating = self._find(self._leases.taken())
+            return None if seating is None or self._leases.claim(seating.addresses) else seating
+        except ClusterError:  # for how long that may be is for who lists the workers to say
+            return None
 
     def more_than(self, ranks: int, leaving: Iterable[str]) -> bool:
-        """Say whether more workers than `ranks` could train, and are free.
+        """Say whether more workers than `ranks` could train, and are free, as far as is known.
 
         Parameters
         ----------
@@ -89,7 +94,12 @@ class Seats:
         """
         self._exclude(leaving)
         # Leases are asked of the scheduler, so only where it matters.
-        return self._seats() > ranks and self._seats(self._leases.taken()) > ranks
+        if self._seats() <= ranks:
+            return False
+        try:
+            return self._seats(self._leases.taken()) > ranks
+        except ClusterError:  # as above
+            return False
 
     def _exclude(self, leaving: Iterable[str]) -> None:
         for address in leaving:
