@@ -398,7 +398,7 @@ def test_a_scheduler_that_is_busy_when_the_ranks_end_is_waited_for(
 
 
 def test_one_is_killed_and_the_other_one_stopped(
-    job, undisturbed, make_cluster, same_bits, heard_with, tmp_path
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
 ):
     """Who hangs in a gang that is broken already is given up, too."""
     client = make_cluster(2)
@@ -406,7 +406,6 @@ def test_one_is_killed_and_the_other_one_stopped(
     install(client, [stop, Fault(point="before exchange", rank=0, step=30)], tmp_path)
     stopped = list(pids(client).values())
     began = time.monotonic()
-    heard = heard_with()
     try:
         result = job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2))
     finally:

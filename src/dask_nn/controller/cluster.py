@@ -117,7 +117,12 @@ def ask_scheduler(
         raise scheduler_lost(client) from error
 
 
-async def is_busy(client: Client) -> bool:
+def is_busy(client: Client) -> bool:
+    """Tell as `answers_late` does, to another thread than the client's event loop."""
+    return in_loop(client, answers_late(client)).result(2 * SILENT_S)
+
+
+async def answers_late(client: Client) -> bool:
     """Tell, within `SILENT_S`, whether the scheduler takes long: workers are not to blame then."""
     question: Any = client._run_on_scheduler(scheduler_side.list_workers)  # noqa: SLF001
     asked_at = time.monotonic()

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.cluster import SILENT_S, in_loop, is_busy, scheduler_lost
+from dask_nn.controller.cluster import is_busy, scheduler_lost
 from dask_nn.controller.gang_end import GangEnd, Loss
 from dask_nn.controller.reachability import ask_for_reach, judge, largest_reachable
 from dask_nn.events import Event
@@ -284,7 +284,7 @@ class GangWatch:
         timeout_s = self._recovery.hang_timeout_s
         asked = ask_for_reach(self._client, members, timeout_s)
         answers = asked.result(4 * timeout_s)
-        if not in_loop(self._client, is_busy(self._client)).result(2 * SILENT_S):
+        if not is_busy(self._client):
             self._give_up_unreachable(group, end, answers)
 
     def _give_up_unreachable(self, group: RankGroup, end: GangEnd, answers: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from dask_nn.errors import ConfigurationError, IncompatibleWorkers
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
@@ -138,12 +138,9 @@ class Membership:
         }
         self.removed |= (self._facts.keys() - present.keys()) | (replaced & set(self.engaged))
         replaced -= set(self.engaged)
-        self._forget(replaced)
         # News of a worker that left may come when another is already at its address.
         late = (gone & present.keys()) - self._evicted - set(self.engaged)
-        self.removed -= replaced | late
-        self._evicted -= replaced
-        self._retired = {a: at for a, at in self._retired.items() if a not in late}
+        self._forget(replaced, late)
         # Who joins when others die would try in vain to reach those, and be refused for it.
         for address, examination in list(self._asked.items()):
             if examination.peers & self.removed and not examination.future.done():
@@ -159,12 +156,15 @@ class Membership:
                 self._look_at(address)
         return replaced
 
-    def _forget(self, addresses: Iterable[str]) -> None:
-        """Know nothing of these workers any more: others are at their addresses."""
-        for address in addresses:
+    def _forget(self, replaced: set[str], late: set[str]) -> None:
+        """Know that others are at these addresses; of the late ones only that they are there."""
+        self.removed -= replaced | late
+        self._evicted -= replaced
+        for address in replaced | late:
+            self._retired.pop(address, None)
+        for address in replaced:
             self._facts.pop(address, None)
             self._excluded.pop(address, None)
-            self._retired.pop(address, None)
             if address in self._asked:
                 self._asked.pop(address).future.cancel()
 

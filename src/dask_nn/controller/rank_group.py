@@ -12,7 +12,7 @@ import cloudpickle
 from distributed import KilledWorker
 
 from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
-from dask_nn.controller.cluster import SILENT_S, ask_workers, in_loop, is_busy
+from dask_nn.controller.cluster import answers_late, ask_workers, in_loop, is_busy
 from dask_nn.controller.rank_handles import signal_ranks
 from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.controller.worker_side import RankPayload, Seat, is_there, run_rank
@@ -272,8 +272,7 @@ class RankGroup:
             # The task of a worker that is stopped would be waited for as long as a start may take.
             silent = self._silent(addresses)
             if silent:
-                busy = in_loop(self._client, is_busy(self._client)).result(2 * SILENT_S)
-                raise Unanswered(() if busy else tuple(sorted(silent)))
+                raise Unanswered(() if is_busy(self._client) else tuple(sorted(silent)))
             sent: Future[Any] = sending.result(timeout_s)
         except TimeoutError as error:
             if sending.done():
@@ -313,7 +312,7 @@ class RankGroup:
                 async with asyncio.timeout(self._hang_timeout_s):
                     (result,) = await self._client._gather([future])  # noqa: SLF001  (has none)
             except TimeoutError:
-                if not await is_busy(self._client):
+                if not await answers_late(self._client):
                     raise
             else:
                 return result
