@@ -239,7 +239,7 @@ def plain_predictions(path: Path, part: int) -> float:
     model = Cnn().eval()
     store = zarr.open(path / "X", mode="r")
     block = store.chunks[0]
-    number = max(1, min(len(store) // block // RANKS, 80))
+    number = max(1, min(store.shape[0] // block // RANKS, 80))
     began = time.perf_counter()
     with torch.inference_mode():
         for start in range(part * number * block, (part + 1) * number * block, block):

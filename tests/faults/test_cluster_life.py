@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import cloudpickle
 import dask
 import pytest
 from distributed import Client
+from distributed.core import Status
 
 import dask_nn
 from dask_nn.controller.leases import Leases
@@ -160,6 +162,56 @@ def test_gangs_form_while_a_worker_is_being_retired(job, undisturbed, make_clust
         assert time.monotonic() - began < PATIENCE_S
     finally:
         client.run_on_scheduler(let_go_of_replicas)
+
+
+async def begin_to_retire(address: str, dask_scheduler: Any) -> None:
+    """Do what Dask begins with; it moves data then, which may take long, or not be possible."""
+    await dask_scheduler.retire_workers(workers=[address], close_workers=False, remove=False)
+
+
+def think_better_of_it(dask_worker: Any) -> None:
+    dask_worker.status = Status.running
+
+
+def test_a_worker_that_is_closing_gets_no_rank(job, undisturbed, make_cluster, same_bits, heard):
+    client = make_cluster(2)
+    address = min(client.run(os.getpid))
+    client.run_on_scheduler(begin_to_retire, address)
+    same_bits(job.train(client, callbacks=[heard]), undisturbed)
+    assert not heard.named("resized")
+    client.run_on_scheduler(begin_to_retire, max(client.run(os.getpid)))
+    with pytest.raises(ClusterError, match="no workers but 2 that are closing"):
+        job.train(client)
+
+
+@pytest.mark.usefixtures("quick_resizes")
+def test_a_worker_that_stays_after_all_takes_part_again(
+    job, make_scalable, ledger, same_bits, heard, tmp_path
+):
+    """Dask gives a retirement up where nobody else can hold the worker's data."""
+    client = make_scalable(2)
+    written = ledger(client)
+    slow_down(client, tmp_path, 0.1)
+    address = min(client.run(os.getpid))
+
+    class Hesitate(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "first-step":
+                client.run_on_scheduler(begin_to_retire, address)
+            elif event.name == "resized" and event.details["ranks"] == 1:
+                client.run(think_better_of_it, workers=[address])
+            elif event.name == "resized":
+                clear_faults(client, ledger=False)
+
+    result = job.train(
+        client,
+        epochs=5,
+        callbacks=[heard, Hesitate()],
+        recovery=dask_nn.Recovery(max_failures=0),
+    )
+    same_bits(result, job.train(None, epochs=5))
+    written.check(job.order(5))
+    assert [event.details["ranks"] for event in heard.named("resized")] == [1, 2]
 
 
 @pytest.mark.usefixtures("quick_resizes")

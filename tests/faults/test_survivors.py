@@ -217,6 +217,27 @@ def test_a_second_ctrl_c_does_not_wait(job, undisturbed, make_cluster, same_bits
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
 
 
+def test_ctrl_c_saves_also_when_the_rank_that_writes_is_lost(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    client = make_cluster(2)
+    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    install(client, [pause, Fault(point="writing a checkpoint")], tmp_path)
+
+    class Stop(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            if progress.step >= 10:
+                raise KeyboardInterrupt
+
+    saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
+    with pytest.raises(TrainingInterrupted) as caught:
+        job.train(client, checkpoint=saved, callbacks=[heard, Stop()])
+    assert 10 <= caught.value.result.steps < 90
+    (written,) = heard.named("checkpoint")
+    assert written.details["steps"] == caught.value.result.steps
+    same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
 def test_what_is_reached_is_saved_when_a_run_is_given_up(
     job, undisturbed, make_cluster, same_bits, heard, tmp_path
 ):

@@ -15,10 +15,12 @@ from dask_nn.controller.worker_side import describe
 from dask_nn.errors import ClusterError, IncompatibleWorkers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
+
+    from dask_nn.controller.scheduler_side import Listed
 
 __all__ = [
     "WorkerList",
@@ -29,6 +31,7 @@ __all__ = [
     "in_loop",
     "inspect_workers",
     "list_workers",
+    "retired_among",
     "scheduler_address",
     "scheduler_lost",
 ]
@@ -53,9 +56,9 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     IncompatibleWorkers
         If a worker lacks dask-nn or torch, or has other versions than this client.
     """
-    answers = ask_workers(
-        client, describe, sorted(list_workers(client)), timeout_s=DESCRIBE_S
-    ).result(2 * DESCRIBE_S)
+    listed = list_workers(client)
+    staying = sorted(address for address, worker in listed.items() if not worker.is_closing)
+    answers = ask_workers(client, describe, staying, timeout_s=DESCRIBE_S).result(2 * DESCRIBE_S)
     # A worker that leaves at this moment, or does not answer, is none to count on.
     answers = {
         address: answer
@@ -63,8 +66,10 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
         if not isinstance(answer, OSError | KeyError)
     }
     if not answers:
+        closing = len(listed) - len(staying)
         message = (
-            f"the cluster at {scheduler_address(client)} has no workers; scale it up, or wait for "
+            f"the cluster at {scheduler_address(client)} has no workers"
+            f"{f' but {closing} that are closing' if closing else ''}; scale it up, or wait for "
             "its workers with client.wait_for_workers(1)"
         )
         raise ClusterError(message)
@@ -83,15 +88,34 @@ def inspect_workers(client: Client) -> list[WorkerFacts]:
     return workers
 
 
-def list_workers(client: Client) -> dict[str, str]:
-    """Give the scheduler's workers: from address to what tells one process there from the next.
+def list_workers(client: Client) -> dict[str, Listed]:
+    """Give the scheduler's workers by address.
 
     Raises
     ------
     ClusterError
         If the scheduler is gone, or does not answer.
     """
-    found: dict[str, str] = ask_scheduler(client, scheduler_side.list_workers, timeout_s=LIST_S)
+    found: dict[str, Listed] = ask_scheduler(client, scheduler_side.list_workers, timeout_s=LIST_S)
+    return found
+
+
+def retired_among(client: Client, addresses: Collection[str]) -> Collection[str]:
+    """Give those of some workers that are gone because they were asked to leave, as far as known.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is gone.
+    """
+    try:
+        found: Collection[str] = ask_scheduler(
+            client, scheduler_side.retired_among, addresses, timeout_s=LIST_S
+        )
+    except ClusterError:
+        if client.status != "running":
+            raise
+        return ()
     return found
 
 
@@ -145,7 +169,7 @@ class WorkerList:
         self._client = client
         self._unanswered_since: float | None = None
 
-    def ask(self) -> dict[str, str] | None:
+    def ask(self) -> dict[str, Listed] | None:
         """Give the workers as `list_workers` does; None if the scheduler may answer yet.
 
         Raises

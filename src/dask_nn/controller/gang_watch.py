@@ -156,7 +156,7 @@ class GangWatch:
         if self._client.status != "running":
             raise scheduler_lost(self._client)
         if time.monotonic() - self._caught_up > CATCH_UP_EVERY_S:
-            self._messages.leaving -= self._membership.catch_up()
+            self._membership.catch_up()
             self._caught_up = time.monotonic()
         now = time.monotonic()
         if now - self._looked > min(LATE_S, self._recovery.hang_timeout_s / 2):
@@ -164,6 +164,9 @@ class GangWatch:
             self._inquiry = None
         self._looked = now
         self._messages.deliver()
+        # The scheduler's next list knows better: a worker that shall leave may stay after all.
+        self._membership.closing |= self._messages.leaving
+        self._messages.leaving.clear()
         for address, reason in self._membership.refused().items():
             self._tell("worker-refused", address=address, rank=-1, step=-1, reason=reason)
 

@@ -217,7 +217,7 @@ class _GraphRun:
     def _send(self) -> None:
         """Put on the cluster what only the client has."""
         failures = self._healing.failures
-        self._payload = self._waits.send(self._pickled, broadcast=True)
+        self._payload = self._waits.send(self._pickled)
         self._steps = StepTasks(
             self._client,
             self._spec,

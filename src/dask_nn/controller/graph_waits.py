@@ -97,11 +97,13 @@ class TaskWaits:
             raise
         return promise.result()
 
-    def send(self, value: Any, *, broadcast: bool = False) -> Future[Any]:
-        """Put a value into workers' memory."""
-        sending: Any = self._client._scatter(  # noqa: SLF001  (no deadline otherwise)
-            value, broadcast=broadcast, hash=False, timeout=SEND_S
-        )
+    def send(self, value: Any) -> Future[Any]:
+        """Put a value into a worker's memory, from which tasks elsewhere fetch it.
+
+        Dask's broadcast would wait until no worker of the cluster is being retired.
+        """
+        scatter: Any = self._client._scatter  # noqa: SLF001  (the other has no deadline)
+        sending = scatter(value, hash=False, timeout=SEND_S)
         future: Future[Any] = self.result(in_loop(self._client, sending))
         return future
 

@@ -18,30 +18,95 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from dask_nn.checkpoints.options import Checkpoint
+    from dask_nn.controller.gang_end import GangEnd
+    from dask_nn.controller.kept_states import KeptStates
     from dask_nn.training.snapshot import Snapshot
 
-__all__ = ["bring_home", "save_here", "with_state"]
+__all__ = ["Homecoming"]
 
 logger = logging.getLogger("dask_nn")
 
 
-def bring_home(client: Client, sources: Iterable[StateSource], run_id: str) -> Snapshot | None:
-    """Fetch the newest of some states that can still be had.
+class Homecoming:
+    """Says how a run ended, with the newest state that anybody has.
 
     Parameters
     ----------
     client : Client
         Of the cluster.
-    sources : iterable of StateSource
-        Where states are; ranks that came as far as each other have the same one.
     run_id : str
         The run.
+    kept : KeptStates
+        Which workers have a state.
+    checkpoint : Checkpoint or None
+        Where a state is saved that no rank is left to save.
+    configuration : dict
+        What every checkpoint says of the run.
+    saved : callable
+        Gives epoch and steps of the newest checkpoint that is whole.
+    on_event : callable
+        Told of what happens: a name and details.
 
-    Returns
-    -------
-    Snapshot or None
-        None if nobody has one any more.
+    Attributes
+    ----------
+    bitwise : bool
+        Whether the ranks of all gangs, not of the last one alone, computed the same bits.
     """
+
+    def __init__(
+        self,
+        client: Client,
+        run_id: str,
+        *,
+        kept: KeptStates,
+        checkpoint: Checkpoint | None,
+        configuration: Mapping[str, Any],
+        saved: Callable[[], tuple[int, int]],
+        on_event: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._kept = kept
+        self._checkpoint = checkpoint
+        self._configuration = configuration
+        self._saved = saved
+        self._on_event = on_event
+        self.bitwise = True
+
+    def finish(self, end: GangEnd, generation: int) -> list[RankOutcome] | None:
+        """Give the outcomes of a gang that ends the run, with its state; None if that is lost."""
+        done = {outcome.status for outcome in end.outcomes}
+        leader_ended = any(outcome.rank == 0 for outcome in end.outcomes)
+        if end.interrupted and not ("stopped" in done and leader_ended):
+            return self.salvage(end, generation)
+        if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
+            return self._marked(end.outcomes)
+        snapshot = self._fetch_newest()
+        if snapshot is None:
+            return end.outcomes if end.interrupted else None
+        return self._marked(_with_state(end.outcomes, snapshot))
+
+    def salvage(self, end: GangEnd, generation: int) -> list[RankOutcome]:
+        """Fetch what the ranks have reached where the run does not go on, and save it."""
+        if self._client.status != "running":
+            return end.outcomes
+        snapshot = self._fetch_newest()
+        if snapshot is None:
+            return end.outcomes
+        if self._checkpoint is not None and snapshot.position > self._saved():
+            place = {"run_id": self._run_id, "generation": generation}
+            _save_here(self._checkpoint, snapshot, {**self._configuration, **place}, self._on_event)
+        return self._marked(_with_state(end.outcomes, snapshot))
+
+    def _fetch_newest(self) -> Snapshot | None:
+        return _bring_home(self._client, self._kept.sources(), self._run_id)
+
+    def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
+        return [replace(o, bitwise=o.bitwise and self.bitwise) for o in outcomes]
+
+
+def _bring_home(client: Client, sources: Iterable[StateSource], run_id: str) -> Snapshot | None:
+    """Fetch the newest of some states that can still be had; None if nobody has one any more."""
     for source in sorted(sources, key=lambda source: source.position, reverse=True):
         try:
             return _fetch(client, source, run_id)
@@ -65,16 +130,8 @@ def _fetch(client: Client, source: StateSource, run_id: str) -> Snapshot:
     return collect_state(ask, source)
 
 
-def with_state(outcomes: Sequence[RankOutcome], snapshot: Snapshot) -> list[RankOutcome]:
-    """Let the outcome of rank 0 say with which state the run ended.
-
-    Parameters
-    ----------
-    outcomes : sequence of RankOutcome
-        Of the ranks that could say how they ended; perhaps not of rank 0, perhaps none.
-    snapshot : Snapshot
-        The newest state.
-    """
+def _with_state(outcomes: Sequence[RankOutcome], snapshot: Snapshot) -> list[RankOutcome]:
+    """Let the outcome of rank 0, which may not be known, say with which state the run ended."""
     first = next((outcome for outcome in outcomes if outcome.rank == 0), None)
     first = first or next(iter(outcomes), RankOutcome(rank=0, status="stopped"))
     leader = replace(
@@ -90,7 +147,7 @@ def with_state(outcomes: Sequence[RankOutcome], snapshot: Snapshot) -> list[Rank
     return [leader, *(outcome for outcome in outcomes if outcome.rank > 0)]
 
 
-def save_here(
+def _save_here(
     checkpoint: Checkpoint,
     snapshot: Snapshot,
     configuration: Mapping[str, Any],

@@ -59,7 +59,7 @@ class RankMessages:
     generation : int
         The gang that is listened to.
     leaving : set of str
-        Workers of ranks that are about to close.
+        Workers of which ranks have said that they are about to close.
     save_wanted : bool
         Whether the time of a rank's job is about to end.
     saved : tuple of (int, int, float)

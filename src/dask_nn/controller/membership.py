@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from dask_nn.controller.admission import Admission
-from dask_nn.controller.cluster import WorkerList, in_loop
+from dask_nn.controller.cluster import WorkerList, in_loop, retired_among
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.controller.rank_handles import LEAVE_S
-from dask_nn.controller.scheduler_side import remove_worker
+from dask_nn.controller.scheduler_side import REMOVAL, remove_worker
 from dask_nn.errors import ConfigurationError, IncompatibleWorkers
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Membership:
     ----------
     removed : set of str
         Addresses whose worker is gone.
+    closing : set of str
+        Addresses whose worker is about to be gone, unless Dask thinks better of it.
     engaged : collection of str
         Addresses that the present gang relies on: who comes back there meanwhile is another.
     """
@@ -87,6 +89,7 @@ class Membership:
         self._ask_again: dict[str, float] = {}
         self._retired: dict[str, float] = {}
         self.removed: set[str] = set()
+        self.closing: set[str] = set()
         self.engaged: Collection[str] = ()
 
     def __enter__(self) -> Self:
@@ -114,13 +117,8 @@ class Membership:
         """The workers that were looked at and fit, with those that are gone since."""
         return self._facts.keys()
 
-    def catch_up(self) -> set[str]:
+    def catch_up(self) -> None:
         """Compare with the scheduler's own list: joined workers are only seen there.
-
-        Returns
-        -------
-        set of str
-            Addresses where another process is now.
 
         Raises
         ------
@@ -128,15 +126,17 @@ class Membership:
             If the scheduler is gone, or has been silent for too long.
         """
         gone = set(self.removed)
-        present = self._list.ask()
-        if present is None:
-            return set()
+        listed = self._list.ask()
+        if listed is None:
+            return
+        self.closing = {address for address, worker in listed.items() if worker.is_closing}
+        present = {address: worker.process for address, worker in listed.items()}
         replaced = {
             address
             for address, process in present.items()
             if self._processes.get(address, process) != process
         }
-        self.removed |= (self._facts.keys() - present.keys()) | (replaced & set(self.engaged))
+        self._remove((self._facts.keys() - present.keys()) | (replaced & set(self.engaged)))
         replaced -= set(self.engaged)
         # News of a worker that left may come when another is already at its address.
         late = (gone & present.keys()) - self._evicted - set(self.engaged)
@@ -151,10 +151,17 @@ class Membership:
                 self._processes[address] = process
             self._processes.setdefault(address, process)
         unknown = present.keys() - self._facts.keys() - self._asked.keys()
-        for address in unknown - self._excluded.keys():
+        for address in unknown - self._excluded.keys() - self.closing:
             if time.monotonic() >= self._ask_again.get(address, 0.0):
                 self._look_at(address)
-        return replaced
+
+    def _remove(self, addresses: set[str]) -> None:
+        """Know that these workers are gone, also where the list says so before the event does."""
+        news = addresses - self.removed
+        if news:
+            for address in retired_among(self._client, news):
+                self._retired[address] = time.monotonic()
+        self.removed |= news
 
     def _forget(self, replaced: set[str], late: set[str]) -> None:
         """Know that others are at these addresses; of the late ones only that they are there."""
@@ -234,10 +241,11 @@ class Membership:
         self, *, shards: int, threads_per_rank: int, device: str, taken: Collection[str] = ()
     ) -> Seating | None:
         """Choose the workers of a gang among those that are there; None if none can run a rank."""
+        out = self.removed | self.closing
         able = [
             facts
             for address, facts in self._facts.items()
-            if not (address in self.removed or address in self._excluded or address in taken)
+            if not (address in out or address in self._excluded or address in taken)
         ]
         if not able:
             return None
@@ -250,7 +258,7 @@ class Membership:
         """Hear at once when a worker leaves: the scheduler says so on the worker's own topic."""
 
         def hear(event: tuple[float, Any]) -> None:
-            if event[1].get("action") == "remove-worker":
+            if event[1].get("action") == REMOVAL:
                 if event[1].get("expected") and address not in self._evicted:
                     self._retired[address] = time.monotonic()
                 self.removed.add(address)

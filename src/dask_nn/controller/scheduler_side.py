@@ -7,19 +7,56 @@ lack, and which would stop it for seconds at the very moment at which a worker h
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed import SchedulerPlugin
+from distributed.core import Status
 
-__all__ = ["RANK_PREFIX", "RanksMayMove", "list_workers", "remove_worker"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "RANK_PREFIX",
+    "Listed",
+    "RanksMayMove",
+    "list_workers",
+    "remove_worker",
+    "retired_among",
+]
 
 # Of the keys of the tasks that are ranks.
 RANK_PREFIX = "dask-nn-rank-"
+# What Dask's event for a worker that leaves is called, on the topic of its address.
+REMOVAL = "remove-worker"
 
 
-def list_workers(dask_scheduler: Any) -> dict[str, str]:
-    """Give the workers: from address to what tells one process there from the next."""
-    return {address: str(worker.server_id) for address, worker in dask_scheduler.workers.items()}
+class Listed(NamedTuple):
+    """A worker: what tells its process from the next one at its address; whether it closes."""
+
+    process: str
+    is_closing: bool
+
+
+def list_workers(dask_scheduler: Any) -> dict[str, Listed]:
+    """Give the workers by address."""
+    return {
+        address: Listed(
+            process=str(worker.server_id),
+            is_closing=worker.status in {Status.closing_gracefully, Status.closing},
+        )
+        for address, worker in dask_scheduler.workers.items()
+    }
+
+
+def retired_among(addresses: Iterable[str], dask_scheduler: Any) -> list[str]:
+    """Give those of some addresses whose last worker to leave was asked to."""
+    found = []
+    for address in addresses:
+        events = [event for _, event in dask_scheduler.get_events(address)]
+        removals = [e for e in events if isinstance(e, dict) and e.get("action") == REMOVAL]
+        if removals and removals[-1].get("expected"):
+            found.append(address)
+    return found
 
 
 async def remove_worker(address: str, dask_scheduler: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dask_nn.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection
 
     from dask_nn.controller.leases import Leases
     from dask_nn.controller.membership import Membership
@@ -67,32 +67,28 @@ class Seats:
         self._leases.wait_for(seating.addresses, queue_timeout_s, on_queued)
         return seating
 
-    def claim(self, leaving: Iterable[str]) -> Seating | None:
-        """Choose and claim workers among those that are there now; None if the scheduler is silent.
+    def claim(self) -> Seating | None:
+        """Choose and claim workers among those that are there now, and stay.
 
-        Parameters
-        ----------
-        leaving : iterable of str
-            Workers that are about to close.
+        Returns
+        -------
+        Seating or None
+            None if there are none, other runs have them, or the scheduler is silent.
         """
-        self._exclude(leaving)
         try:
             seating = self._find(self._leases.taken())
             return None if seating is None or self._leases.claim(seating.addresses) else seating
         except ClusterError:  # for how long that may be is for who lists the workers to say
             return None
 
-    def more_than(self, ranks: int, leaving: Iterable[str]) -> bool:
+    def more_than(self, ranks: int) -> bool:
         """Say whether more workers than `ranks` could train, and are free, as far as is known.
 
         Parameters
         ----------
         ranks : int
             Of the gang at work.
-        leaving : iterable of str
-            Workers that are about to close.
         """
-        self._exclude(leaving)
         # Leases are asked of the scheduler, so only where it matters.
         if self._seats() <= ranks:
             return False
@@ -100,10 +96,6 @@ class Seats:
             return self._seats(self._leases.taken()) > ranks
         except ClusterError:  # as above
             return False
-
-    def _exclude(self, leaving: Iterable[str]) -> None:
-        for address in leaving:
-            self._membership.exclude(address, "it is closing")
 
     def _seats(self, taken: Collection[str] = ()) -> int:
         seating = self._find(taken)

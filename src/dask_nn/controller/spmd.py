@@ -15,7 +15,7 @@ from dask_nn.controller.failure_policy import FailureCount, Recovery, Situation,
 from dask_nn.controller.gang_end import GangEnd, Loss
 from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.heartbeats import Heartbeats
-from dask_nn.controller.homecoming import bring_home, save_here, with_state
+from dask_nn.controller.homecoming import Homecoming
 from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
@@ -189,8 +189,16 @@ class _Run:
         )
         self._canary = b""
         self._told_start = False
-        self._bitwise = True
         self._kept = KeptStates()
+        self._home = Homecoming(
+            client,
+            self._run_id,
+            kept=self._kept,
+            checkpoint=payload.checkpoint,
+            configuration=payload.configuration,
+            saved=lambda: self._messages.saved[:2],
+            on_event=lambda name, details: self._tell(name, **details),
+        )
         self._generation = 0
         self._failures = FailureCount()
         self._last_end: GangEnd | None = None
@@ -209,7 +217,7 @@ class _Run:
         finally:
             if self._client.status == "running":
                 self._forget()
-            del self._watch, self._messages
+            del self._watch, self._messages, self._home
 
     def _forget(self) -> None:
         with contextlib.suppress(Exception):  # what ended the run says more
@@ -239,7 +247,7 @@ class _Run:
                 end.outcomes, generation=self._generation, removed=self._membership.removed
             )
             if end.cause is None:
-                outcomes = self._with_newest_state(end)
+                outcomes = self._home.finish(end, self._generation)
                 if outcomes is not None:
                     return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
                 end.break_off("broken", "no rank is left to say how it ended")
@@ -247,45 +255,12 @@ class _Run:
             try:
                 seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
-                outcomes = self._salvage(end)
+                outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, interrupted=True)
             except WorkerLost as error:
-                return SpmdEnd(outcomes=self._salvage(end), lost=error)
+                outcomes = self._home.salvage(end, self._generation)
+                return SpmdEnd(outcomes=outcomes, lost=error)
             self._generation += 1
-
-    def _with_newest_state(self, end: GangEnd) -> list[RankOutcome] | None:
-        """Give the outcomes of a gang that ends the run, with its state; None if that is lost."""
-        done = {outcome.status for outcome in end.outcomes}
-        if end.interrupted and "stopped" not in done:
-            return self._salvage(end)
-        if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
-            return self._marked(end.outcomes)
-        snapshot = bring_home(self._client, self._kept.sources(), self._run_id)
-        if snapshot is None:
-            return end.outcomes if end.interrupted else None
-        return self._marked(with_state(end.outcomes, snapshot))
-
-    def _salvage(self, end: GangEnd) -> list[RankOutcome]:
-        """Fetch what the ranks have reached where the run does not go on, and save it."""
-        if self._client.status != "running":
-            return end.outcomes
-        snapshot = bring_home(self._client, self._kept.sources(), self._run_id)
-        if snapshot is None:
-            return end.outcomes
-        checkpoint = self._payload.checkpoint
-        if checkpoint is not None and snapshot.position > self._messages.saved[:2]:
-            place = {"run_id": self._run_id, "generation": self._generation}
-            save_here(
-                checkpoint,
-                snapshot,
-                self._payload.configuration | place,
-                lambda name, details: self._tell(name, **details),
-            )
-        return self._marked(with_state(end.outcomes, snapshot))
-
-    def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
-        """Say whether the ranks of all gangs, not of the last one alone, computed the same bits."""
-        return [replace(o, bitwise=o.bitwise and self._bitwise) for o in outcomes]
 
     def _run_gang(self, seating: Seating) -> GangEnd:
         self._heartbeats.clear()
@@ -328,20 +303,25 @@ class _Run:
         if self._client.status != "running":
             raise error
         end = GangEnd()
-        for address in error.addresses if isinstance(error, Unanswered) else ():
+        silent = error.addresses if isinstance(error, Unanswered) else ()
+        for address in silent:
             self._membership.evict(address, "does not answer")
         self._membership.catch_up()
-        silent = isinstance(error, Unanswered)
+        gone = group.lost(self._membership.removed)
+        lost = [seat for seat in gone if not self._membership.is_retired(seat.address)]
         end.lose(
             Loss(
                 address=seat.address,
                 rank=seat.rank,
-                cause="hung" if silent else "lost",
-                reason="does not answer" if silent else f"left the cluster ({error!r})",
+                cause="hung" if seat.address in silent else "lost",
+                reason="does not answer" if seat.address in silent else f"left ({error!r})",
             )
-            for seat in group.lost(self._membership.removed)
+            for seat in lost
         )
-        end.break_off("broken", f"its workers could not be sent their work: {error!r}")
+        if gone and not lost:  # it was asked to leave before it had begun
+            end.break_off("resize")
+        else:
+            end.break_off("broken", f"its workers could not be sent their work: {error!r}")
         return end
 
     def _tell_of_encryption(self, seating: Seating, collective: str) -> None:
@@ -380,13 +360,12 @@ class _Run:
         if not self._started:
             return False
         now = time.monotonic()
-        leaving = self._messages.leaving
         members = {seat.address for seat in group.seats}
         # A worker that closes waits for a few seconds only; growing can wait.
-        wanted = bool(members & leaving) or (
+        wanted = bool(members & self._membership.closing) or (
             self._recovery.elastic
             and now - self._resized >= RESIZE_EVERY_S
-            and self._seats.more_than(len(members), leaving)
+            and self._seats.more_than(len(members))
         )
         if wanted:
             self._resized = now
@@ -408,7 +387,7 @@ class _Run:
         told = False
         while True:
             self._watch.look_around()
-            seating = self._seats.claim(self._messages.leaving)
+            seating = self._seats.claim()
             action = decide(
                 Situation(
                     cause=cause,
@@ -466,7 +445,7 @@ class _Run:
         canary = details["canary"]
         self._started = True
         self._started_at = details["steps"]
-        self._bitwise = self._bitwise and details["bitwise"]
+        self._home.bitwise = self._home.bitwise and details["bitwise"]
         self._heartbeats.note_start(self._ranks, time.monotonic())
         self._canary = self._canary or canary
         if not self._told_start:
