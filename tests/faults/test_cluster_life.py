@@ -20,7 +20,8 @@ from distributed.core import Status
 
 import dask_nn
 from dask_nn.controller.leases import Leases
-from dask_nn.errors import ClusterError
+from dask_nn.controller.rank_group import RankGroup
+from dask_nn.errors import ClusterError, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, install
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -179,9 +180,65 @@ def test_a_worker_that_is_closing_gets_no_rank(job, undisturbed, make_cluster, s
     client.run_on_scheduler(begin_to_retire, address)
     same_bits(job.train(client, callbacks=[heard]), undisturbed)
     assert not heard.named("resized")
+    while any(client.has_what().values()):  # or nobody could take what it has
+        time.sleep(0.05)
     client.run_on_scheduler(begin_to_retire, max(client.run(os.getpid)))
     with pytest.raises(ClusterError, match="no workers but 2 that are closing"):
         job.train(client)
+
+
+def pause(dask_worker: Any) -> None:
+    """Do what Dask does when a worker's memory is nearly full; this one has no limit."""
+    dask_worker.status = Status.paused
+
+
+def test_a_paused_worker_gets_no_rank(
+    job, undisturbed, make_cluster, same_bits, heard, monkeypatch
+):
+    client = make_cluster(2, memory_limit=None)
+    client.run(pause, workers=[min(client.run(os.getpid))])
+    same_bits(job.train(client, callbacks=[heard]), undisturbed)
+    assert not heard.named("resized")
+
+    start = RankGroup.start
+
+    def start_late(group: RankGroup, payload: Any) -> None:
+        client.run(pause)
+        start(group, payload)
+
+    monkeypatch.setattr(RankGroup, "start", start_late)
+    began = time.monotonic()
+    with pytest.raises(WorkerLost, match="no memory is left to start a task on tcp://"):
+        job.train(client, recovery=dask_nn.Recovery(workers_timeout_s=1))
+    assert time.monotonic() - began < PATIENCE_S
+
+
+@pytest.mark.parametrize("how", ["retired", "paused"])
+def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
+    job, undisturbed, make_cluster, same_bits, heard, monkeypatch, how
+):
+    """The gang is called back: nobody waits for its rank, and that is no failure."""
+    client = make_cluster(2, memory_limit=None)
+    address = max(client.run(os.getpid))
+    start = RankGroup.start
+
+    def start_late(group: RankGroup, payload: Any) -> None:
+        if group.generation == 0:
+            assert address in {seat.address for seat in group.seats}
+            if how == "retired":
+                client.run_on_scheduler(begin_to_retire, address)
+            else:
+                client.run(pause, workers=[address])
+        start(group, payload)
+
+    monkeypatch.setattr(RankGroup, "start", start_late)
+    began = time.monotonic()
+    result = job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(max_failures=0))
+    assert time.monotonic() - began < PATIENCE_S
+    same_bits(result, undisturbed)
+    (resized,) = heard.named("resized")
+    assert resized.details["ranks"] == 1
+    assert not heard.named("gang-broken")
 
 
 @pytest.mark.usefixtures("quick_resizes")

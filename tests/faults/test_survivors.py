@@ -16,7 +16,9 @@ import pytest
 from distributed import Client, WorkerPlugin
 
 import dask_nn
+from dask_nn.controller.homecoming import Homecoming
 from dask_nn.controller.leases import Leases
+from dask_nn.controller.rank_group import RankGroup
 from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores
@@ -214,6 +216,33 @@ def test_a_second_ctrl_c_does_not_wait(job, undisturbed, make_cluster, same_bits
     with pytest.raises(TrainingInterrupted) as caught:
         job.train(client, checkpoint=saved, callbacks=[Twice()])
     assert 10 <= caught.value.result.steps < 90
+    same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
+@pytest.mark.parametrize("when", ["a gang forms", "the state is fetched"])
+def test_ctrl_c_between_gangs_loses_nothing(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, monkeypatch, when
+):
+    client = make_cluster(2)
+    where, step = (RankGroup, "start"), 20
+    if when == "the state is fetched":
+        where, step = (Homecoming, "finish"), 90
+    else:
+        fail_at(client, 1, step, "forward", folder=tmp_path)
+    real = getattr(*where)
+
+    def press(self: Any, *arguments: Any) -> Any:
+        if where[0] is Homecoming or self.generation == 1:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(*where, press)
+    saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
+    with pytest.raises(TrainingInterrupted) as caught:
+        job.train(client, checkpoint=saved, callbacks=[heard])
+    assert caught.value.result.steps == step
+    assert heard.named("checkpoint")[-1].details["steps"] == step
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
 
 
@@ -435,7 +464,8 @@ def test_one_is_killed_and_the_other_one_stopped(
                 os.kill(pid, signal.SIGCONT)
     assert time.monotonic() - began < PATIENCE_S
     same_bits(result, undisturbed)
-    assert heard.named("worker-lost") or heard.named("worker-hung")
+    (lost,), (hung,) = heard.named("worker-lost"), heard.named("worker-hung")
+    assert (lost.details["rank"], hung.details["rank"]) == (0, 1)
 
 
 def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path, monkeypatch):

@@ -56,6 +56,8 @@ class GangEnd:
         Why it broke, where no worker was lost.
     interrupted : bool
         Whether Ctrl-C ended it.
+    recalled : bool
+        Whether it was called back before its first step: that its ranks abort is no failure.
     broken_at : float
         When it broke, by ``time.monotonic()``.
     """
@@ -65,12 +67,19 @@ class GangEnd:
     losses: list[Loss] = field(default_factory=list)
     reason: str = ""
     interrupted: bool = False
+    recalled: bool = False
     broken_at: float = field(default_factory=time.monotonic)
 
     @property
     def is_broken(self) -> bool:
         """Whether the gang cannot finish what it began."""
         return self.cause not in {None, "resize"}
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank has ended as none should."""
+        bad = {"failed"} if self.recalled else {"failed", "aborted"}
+        return any(outcome.status in bad for outcome in self.outcomes)
 
     def break_off(self, cause: Cause, reason: str = "") -> None:
         """Note that the gang cannot go on; what broke it first stays its cause."""

@@ -145,8 +145,13 @@ class GangWatch:
         self._changed.wait(POLL_S)
         self._changed.clear()
 
-    def look_around(self) -> None:
+    def look_around(self, *, at_once: bool = False) -> None:
         """Learn what happened since the last look.
+
+        Parameters
+        ----------
+        at_once : bool, default False
+            Whether to ask the scheduler even if it was asked a moment ago.
 
         Raises
         ------
@@ -155,7 +160,7 @@ class GangWatch:
         """
         if self._client.status != "running":
             raise scheduler_lost(self._client)
-        if time.monotonic() - self._caught_up > CATCH_UP_EVERY_S:
+        if at_once or time.monotonic() - self._caught_up > CATCH_UP_EVERY_S:
             self._membership.catch_up()
             self._caught_up = time.monotonic()
         now = time.monotonic()
@@ -194,7 +199,7 @@ class GangWatch:
             if end.cause == "broken":
                 self._blame_the_network(group, end)
             return True
-        if end.is_broken:
+        if end.is_broken or end.recalled:
             self._signal(group, "abort")  # again and again: one may just be starting
         elif end.interrupted:
             self._stop(group)
@@ -219,7 +224,8 @@ class GangWatch:
         if self._impatient_at is not None and now > self._impatient_at + STOP_S:
             return True
         begun = any(self._heartbeats.has_spoken(seat.rank) for seat in seats)
-        return end.is_broken and not begun and now > end.broken_at + BEGIN_S
+        over = end.is_broken or end.recalled
+        return over and not begun and now > end.broken_at + BEGIN_S
 
     def _look_for_trouble(self, group: RankGroup, end: GangEnd) -> None:
         """Set the cause if the gang cannot finish what it began."""
@@ -241,8 +247,9 @@ class GangWatch:
             reason = f"gave no sign of life for {silent_s:.0f} s"
             self._give_up(end, seats[rank], "hung", reason)
         self._look_at_the_network(group, end, seats)
-        if _have_failed(end):
+        if end.has_failed:
             end.break_off("broken")
+        self._recall(group, end)
         members = {seat.address for seat in group.seats}
         gone = self._membership.removed - self._restored - members
         if gone and not end.is_broken and self._restore_blocks():
@@ -252,7 +259,17 @@ class GangWatch:
         """Tell whether a retired worker's rank stops with the others, as far as one can see."""
         others = end.outcomes or group.unknown(self._membership.removed)
         retired = self._membership.is_retired(seat.address)
-        return retired and bool(others) and not _have_failed(end) and not end.is_broken
+        return retired and bool(others) and not end.has_failed and not end.is_broken
+
+    def _recall(self, group: RankGroup, end: GangEnd) -> None:
+        """Call back a gang that cannot begin: a worker starts no tasks, because it leaves, say."""
+        if end.cause is not None or self._heartbeats.have_started:
+            return
+        for seat in group.running(self._membership.removed):
+            able = self._membership.starts_tasks(seat.address)
+            if not able and not self._heartbeats.has_spoken(seat.rank):
+                end.recalled = True
+                end.break_off("resize")
 
     def _look_at_the_network(self, group: RankGroup, end: GangEnd, seats: dict[int, Seat]) -> None:
         """Ask workers whether they reach each other, where something does not come.
@@ -325,10 +342,6 @@ class GangWatch:
 
     def _tell(self, name: str, **details: Any) -> None:
         self._listener.on_event(Event(name=name, time_s=time.time(), details=details))
-
-
-def _have_failed(end: GangEnd) -> bool:
-    return any(outcome.status in {"failed", "aborted"} for outcome in end.outcomes)
 
 
 def _loss(seat: Seat, cause: Cause, reason: str) -> Loss:

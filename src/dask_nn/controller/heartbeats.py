@@ -116,6 +116,11 @@ class Heartbeats:
         """Know that an exchange may well take so long."""
         self._longest_wait_s = max(self._longest_wait_s, seconds)
 
+    @property
+    def have_started(self) -> bool:
+        """Whether the ranks of this gang have met and begun."""
+        return any(pulse.started for pulse in self._pulses.values())
+
     def has_spoken(self, rank: int) -> bool:
         """Tell whether a rank of this gang has sent anything."""
         return rank in self._pulses and self._pulses[rank].spoke

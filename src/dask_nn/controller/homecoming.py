@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,8 @@ class Homecoming:
     def finish(self, end: GangEnd, generation: int) -> list[RankOutcome] | None:
         """Give the outcomes of a gang that ends the run, with its state; None if that is lost."""
         done = {outcome.status for outcome in end.outcomes}
-        leader_ended = any(outcome.rank == 0 for outcome in end.outcomes)
-        if end.interrupted and not ("stopped" in done and leader_ended):
+        saved = any(outcome.rank == 0 and outcome.status == "stopped" for outcome in end.outcomes)
+        if end.interrupted and not saved:
             return self.salvage(end, generation)
         if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
             return self._marked(end.outcomes)
@@ -153,8 +154,26 @@ def _save_here(
     configuration: Mapping[str, Any],
     on_event: Callable[[str, dict[str, Any]], None],
 ) -> None:
-    """Write a checkpoint from this process, where no rank is left that would."""
-    checkpointer = Checkpointer(checkpoint, configuration=dict(configuration), on_event=on_event)
-    checkpointer.save(snapshot)
-    checkpointer.finish(lambda: None)
-    checkpointer.close()
+    """Write a checkpoint from this process, where no rank is left that would.
+
+    Ctrl-C ends the wait for it; what is under way may still be written then.
+    """
+    told: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+
+    def pass_on() -> None:  # callbacks are called in this thread
+        while not told.empty():
+            on_event(*told.get())
+
+    checkpointer = Checkpointer(
+        checkpoint,
+        configuration=dict(configuration),
+        on_event=lambda name, details: told.put((name, details)),
+    )
+    try:
+        checkpointer.save(snapshot)
+        checkpointer.finish(pass_on)
+        pass_on()
+    except KeyboardInterrupt:
+        logger.warning("the checkpoint of step %d was not waited for", snapshot.steps)
+    finally:
+        checkpointer.close()

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Leases"]
 
-ANSWER_S = 10.0
 # A scheduler that is busy does what it is asked when it comes to it.
 RELEASE_S = 2.0
 POLL_S = 0.2
@@ -68,8 +67,7 @@ class Leases:
         ClusterError
             If the scheduler does not answer.
         """
-        timeout_s = SILENT_S if queue else ANSWER_S
-        return set(self._ask(_claim, sorted(wanted), queue, timeout_s=timeout_s))
+        return set(self._ask(_claim, sorted(wanted), queue))
 
     def taken(self) -> set[str]:
         """Give the workers that other runs have, or waited for before this one did.
@@ -132,7 +130,7 @@ class Leases:
             self._ask(_release, timeout_s=RELEASE_S)
 
     def _ask(
-        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = ANSWER_S
+        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = SILENT_S
     ) -> Any:
         return ask_scheduler(
             self._client, function, self._run_id, self._client.id, *arguments, timeout_s=timeout_s

@@ -64,6 +64,8 @@ class Membership:
         Addresses whose worker is gone.
     closing : set of str
         Addresses whose worker is about to be gone, unless Dask thinks better of it.
+    paused : set of str
+        Addresses whose worker starts no tasks for want of memory.
     engaged : collection of str
         Addresses that the present gang relies on: who comes back there meanwhile is another.
     """
@@ -90,6 +92,7 @@ class Membership:
         self._retired: dict[str, float] = {}
         self.removed: set[str] = set()
         self.closing: set[str] = set()
+        self.paused: set[str] = set()
         self.engaged: Collection[str] = ()
 
     def __enter__(self) -> Self:
@@ -130,6 +133,7 @@ class Membership:
         if listed is None:
             return
         self.closing = {address for address, worker in listed.items() if worker.is_closing}
+        self.paused = {address for address, worker in listed.items() if worker.is_paused}
         present = {address: worker.process for address, worker in listed.items()}
         replaced = {
             address
@@ -237,15 +241,18 @@ class Membership:
                 self._follow(address)
         return refused
 
+    def starts_tasks(self, address: str) -> bool:
+        """Tell whether a worker is there, stays, and has memory, as far as is known."""
+        return not any(address in out for out in (self.removed, self.closing, self.paused))
+
     def seating(
         self, *, shards: int, threads_per_rank: int, device: str, taken: Collection[str] = ()
     ) -> Seating | None:
         """Choose the workers of a gang among those that are there; None if none can run a rank."""
-        out = self.removed | self.closing
         able = [
             facts
             for address, facts in self._facts.items()
-            if not (address in out or address in self._excluded or address in taken)
+            if self.starts_tasks(address) and address not in self._excluded.keys() | set(taken)
         ]
         if not able:
             return None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
-from concurrent.futures import CancelledError
+import time
+from concurrent.futures import CancelledError, wait
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 from distributed import KilledWorker
 
 from dask_nn.collectives.choose import RankPlace, choose, host_sizes, possible
-from dask_nn.controller.cluster import answers_late, ask_workers, in_loop, is_busy
+from dask_nn.controller.cluster import SILENT_S, answers_late, ask_workers, in_loop, is_busy
 from dask_nn.controller.rank_handles import signal_ranks
 from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.controller.worker_side import RankPayload, Seat, is_there, run_rank
@@ -21,7 +22,7 @@ from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future as LoopFuture
 
     from distributed import Client, Future
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 SIGNAL_S = 1.0
+# How often somebody looks whether the workers of a gang can take anything.
+LOOK_S = 1.0
 # Before its gang has begun, a worker may be silent for so many timeouts of a hanging rank.
 SILENCES = 3
 
@@ -105,6 +108,8 @@ class RankGroup:
         Name of the communicator.
     changed : threading.Event
         Set whenever a rank ends.
+    can_begin : callable
+        Tells whether it is still worth waiting for the gang's workers to take what they are sent.
     source : StateSource, optional
         Where the run's state is.
     canary : bytes
@@ -122,10 +127,12 @@ class RankGroup:
         seating: Seating,
         collective: str,
         changed: threading.Event,
+        can_begin: Callable[[], bool],
         source: StateSource | None = None,
         canary: bytes = b"",
         hang_timeout_s: float = 10.0,
     ) -> None:
+        self._can_begin = can_begin
         self._hang_timeout_s = hang_timeout_s
         self._client = client
         self._run_id = run_id
@@ -258,7 +265,7 @@ class RankGroup:
         self._futures = []
 
     def _send(self, payload: bytes, timeout_s: float) -> Future[Any]:
-        """Put the payload into the memory of the first worker, from which the others fetch it.
+        """Put the payload into the memory of one worker, from which the others fetch it.
 
         Dask's own broadcast would wait until no worker of the cluster is being retired.
         """
@@ -266,18 +273,18 @@ class RankGroup:
         scatter: Any = self._client._scatter  # noqa: SLF001  (the other has no deadline)
         sending = in_loop(
             self._client,
-            scatter(payload, workers=addresses[:1], hash=False, timeout=timeout_s),
+            scatter(payload, workers=addresses, hash=False, timeout=timeout_s),
         )
         try:
             # The task of a worker that is stopped would be waited for as long as a start may take.
             silent = self._silent(addresses)
             if silent:
                 raise Unanswered(() if is_busy(self._client) else tuple(sorted(silent)))
-            sent: Future[Any] = sending.result(timeout_s)
-        except TimeoutError as error:
-            if sending.done():
-                raise
-            raise Unanswered(()) from error
+            deadline = time.monotonic() + timeout_s
+            while not wait([sending], LOOK_S).done:
+                if time.monotonic() > deadline or not self._can_begin():
+                    raise Unanswered(())
+            sent: Future[Any] = sending.result(0)
         finally:
             sending.cancel()
         return sent
@@ -307,15 +314,18 @@ class RankGroup:
 
     async def _gather(self, future: Future[Any]) -> Any:
         """Fetch a result, with a deadline that holds for its worker, not for the scheduler."""
+        # What the client fetches at the same time is one request: that of others is not cancelled.
+        fetch = asyncio.ensure_future(self._client._gather([future]))  # noqa: SLF001  (no deadline)
+        fetch.add_done_callback(lambda fetch: fetch.cancelled() or fetch.exception())
+        began = time.monotonic()
         while True:
-            try:
-                async with asyncio.timeout(self._hang_timeout_s):
-                    (result,) = await self._client._gather([future])  # noqa: SLF001  (has none)
-            except TimeoutError:
-                if not await answers_late(self._client):
-                    raise
-            else:
+            await asyncio.wait({fetch}, timeout=self._hang_timeout_s)
+            if fetch.done():
+                (result,) = fetch.result()
                 return result
+            busy = await answers_late(self._client)
+            if not busy or time.monotonic() > began + SILENT_S + self._hang_timeout_s:
+                raise TimeoutError
 
 
 def outcome_of_error(seat: Seat, error: BaseException | None) -> RankOutcome:

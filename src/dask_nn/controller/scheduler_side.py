@@ -31,10 +31,21 @@ REMOVAL = "remove-worker"
 
 
 class Listed(NamedTuple):
-    """A worker: what tells its process from the next one at its address; whether it closes."""
+    """What the scheduler knows of a worker.
+
+    Parameters
+    ----------
+    process : str
+        Tells it from the next one at its address.
+    is_closing : bool
+        Whether it is about to leave.
+    is_paused : bool
+        Whether it starts no tasks for want of memory.
+    """
 
     process: str
     is_closing: bool
+    is_paused: bool
 
 
 def list_workers(dask_scheduler: Any) -> dict[str, Listed]:
@@ -43,6 +54,7 @@ def list_workers(dask_scheduler: Any) -> dict[str, Listed]:
         address: Listed(
             process=str(worker.server_id),
             is_closing=worker.status in {Status.closing_gracefully, Status.closing},
+            is_paused=worker.status is Status.paused,
         )
         for address, worker in dask_scheduler.workers.items()
     }

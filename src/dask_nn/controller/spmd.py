@@ -23,7 +23,7 @@ from dask_nn.controller.membership import Membership
 from dask_nn.controller.rank_group import RankGroup, Unanswered, choose_again
 from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
-from dask_nn.errors import CheckpointError, WorkerLost
+from dask_nn.errors import CheckpointError, ClusterError, WorkerLost
 from dask_nn.events import Event
 from dask_nn.training.checkpointing import LastSave
 
@@ -237,22 +237,25 @@ class _Run:
                 queue_timeout_s=self._payload.settings.queue_timeout_s,
                 on_queued=lambda others: self._tell("queued", workers=sorted(others)),
             )
+            seating = self._look_again(seating)
+            self._forget_others()
         except KeyboardInterrupt:
             return SpmdEnd(outcomes=[], interrupted=True)
-        # What the runs of clients that were killed have left on the workers is nobody's.
-        self._ask_all(forget_runs_but, self._leases.runs())
+        except WorkerLost as error:
+            return SpmdEnd(outcomes=[], lost=error)
         while True:
             end = self._run_gang(seating)
             self._kept.note(
                 end.outcomes, generation=self._generation, removed=self._membership.removed
             )
-            if end.cause is None:
-                outcomes = self._home.finish(end, self._generation)
-                if outcomes is not None:
-                    return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
-                end.break_off("broken", "no rank is left to say how it ended")
-            self._last_end = end
             try:
+                self._messages.deliver()
+                if end.cause is None:
+                    outcomes = self._home.finish(end, self._generation)
+                    if outcomes is not None:
+                        return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
+                    end.break_off("broken", "no rank is left to say how it ended")
+                self._last_end = end
                 seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
                 outcomes = self._home.salvage(end, self._generation)
@@ -262,14 +265,38 @@ class _Run:
                 return SpmdEnd(outcomes=outcomes, lost=error)
             self._generation += 1
 
+    def _look_again(self, seating: Seating) -> Seating:
+        """Choose anew if workers of the first gang have left, or start no tasks, by now."""
+        if all(self._ready_now(seating)):
+            return seating
+        return self._next_seating(seating, GangEnd(cause="resize"))
+
+    def _ready_now(self, seating: Seating) -> list[bool]:
+        """Tell of each of these workers whether it could begin."""
+        self._membership.catch_up()
+        return [self._membership.starts_tasks(address) for address in seating.addresses]
+
+    def _forget_others(self) -> None:
+        """Let the workers forget what the runs of clients that were killed have left there."""
+        try:
+            runs = self._leases.runs()
+        except ClusterError:  # it is tidied up another time
+            if self._client.status != "running":
+                raise
+            return
+        self._ask_all(forget_runs_but, runs)
+
     def _run_gang(self, seating: Seating) -> GangEnd:
         self._heartbeats.clear()
         self._messages.generation = self._generation
         self._membership.engaged = frozenset(seating.addresses)
         self._ranks = len(seating.workers)
         self._started = False
-        if self._generation:
-            self._prepare_next_gang()
+        try:
+            if self._generation:
+                self._prepare_next_gang()
+        except KeyboardInterrupt:
+            return GangEnd(interrupted=True)
         collective = choose_again(
             seating,
             device=self._payload.spec.device,
@@ -283,6 +310,7 @@ class _Run:
             seating=seating,
             collective=collective,
             changed=self._changed,
+            can_begin=lambda: any(self._ready_now(seating)),
             source=self._kept.newest,
             canary=self._canary,
             hang_timeout_s=self._recovery.hang_timeout_s,
@@ -290,15 +318,19 @@ class _Run:
         try:
             try:
                 group.start(self._payload)
+            except KeyboardInterrupt:
+                return GangEnd(interrupted=True)
             except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
-                return self._not_started(group, error)
+                return self._not_started(group, seating, error)
             return self._watch.follow(group)
         finally:
             self._watch.end(group)
             group.release()
             self._membership.engaged = ()
 
-    def _not_started(self, group: RankGroup, error: OSError | KeyError) -> GangEnd:
+    def _not_started(
+        self, group: RankGroup, seating: Seating, error: OSError | KeyError
+    ) -> GangEnd:
         """Say what became of a gang whose workers could not be sent their work."""
         if self._client.status != "running":
             raise error
@@ -306,7 +338,7 @@ class _Run:
         silent = error.addresses if isinstance(error, Unanswered) else ()
         for address in silent:
             self._membership.evict(address, "does not answer")
-        self._membership.catch_up()
+        ready = self._ready_now(seating)
         gone = group.lost(self._membership.removed)
         lost = [seat for seat in gone if not self._membership.is_retired(seat.address)]
         end.lose(
@@ -318,7 +350,7 @@ class _Run:
             )
             for seat in lost
         )
-        if gone and not lost:  # it was asked to leave before it had begun
+        if not (lost or all(ready)):
             end.break_off("resize")
         else:
             end.break_off("broken", f"its workers could not be sent their work: {error!r}")
@@ -386,7 +418,7 @@ class _Run:
         self._tell_of_losses(end)
         told = False
         while True:
-            self._watch.look_around()
+            self._watch.look_around(at_once=True)
             seating = self._seats.claim()
             action = decide(
                 Situation(
@@ -400,10 +432,13 @@ class _Run:
                 self._recovery,
             )
             if action.name == "give_up":
-                self._tell("gave-up", reason=action.reason)
+                reason, paused = action.reason, sorted(self._membership.paused)
+                if paused and seating is None:
+                    reason += f"; no memory is left to start a task on {', '.join(paused)}"
+                self._tell("gave-up", reason=reason)
                 loss = end.losses[0] if end.losses else None
                 address, rank = ("", -1) if loss is None else (loss.address, loss.rank)
-                raise WorkerLost(address, rank, action.reason)
+                raise WorkerLost(address, rank, reason)
             if action.name != "go_on" or seating is None:
                 if not told:
                     told = True
