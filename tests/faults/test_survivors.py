@@ -239,8 +239,9 @@ def test_ctrl_c_between_gangs_loses_nothing(
 
     monkeypatch.setattr(*where, press)
     saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
-    with pytest.raises(TrainingInterrupted) as caught:
+    with pytest.raises(KeyboardInterrupt) as caught:
         job.train(client, checkpoint=saved, callbacks=[heard])
+    assert isinstance(caught.value, TrainingInterrupted)
     assert caught.value.result.steps == step
     assert heard.named("checkpoint")[-1].details["steps"] == step
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
