@@ -202,9 +202,9 @@ def test_a_paused_worker_gets_no_rank(
 
     start = RankGroup.start
 
-    def start_late(group: RankGroup, payload: Any) -> None:
+    def start_late(group: RankGroup, *arguments: Any) -> None:
         client.run(pause)
-        start(group, payload)
+        start(group, *arguments)
 
     monkeypatch.setattr(RankGroup, "start", start_late)
     began = time.monotonic()
@@ -213,7 +213,7 @@ def test_a_paused_worker_gets_no_rank(
     assert time.monotonic() - began < PATIENCE_S
 
 
-@pytest.mark.parametrize("how", ["retired", "paused"])
+@pytest.mark.parametrize("how", ["about to be retired", "retired", "paused"])
 def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
     job, undisturbed, make_cluster, same_bits, heard, monkeypatch, how
 ):
@@ -222,14 +222,16 @@ def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
     address = max(client.run(os.getpid))
     start = RankGroup.start
 
-    def start_late(group: RankGroup, payload: Any) -> None:
+    def start_late(group: RankGroup, *arguments: Any) -> None:
         if group.generation == 0:
             assert address in {seat.address for seat in group.seats}
             if how == "retired":
+                client.retire_workers([address])
+            elif how == "about to be retired":
                 client.run_on_scheduler(begin_to_retire, address)
             else:
                 client.run(pause, workers=[address])
-        start(group, payload)
+        start(group, *arguments)
 
     monkeypatch.setattr(RankGroup, "start", start_late)
     began = time.monotonic()
@@ -239,6 +241,31 @@ def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
     (resized,) = heard.named("resized")
     assert resized.details["ranks"] == 1
     assert not heard.named("gang-broken")
+
+
+def test_gang_after_gang_that_cannot_begin_is_a_failure(job, make_cluster, heard, monkeypatch):
+    client = make_cluster(1, memory_limit=None)
+    monkeypatch.setattr("dask_nn.controller.rank_group.TAKE_S", 0.2)
+    started = []
+    start = RankGroup.start
+
+    def start_late(group: RankGroup, *arguments: Any) -> None:
+        started.append(group.generation)
+        client.run(pause)
+        resumed = threading.Timer(0.5, client.run, [think_better_of_it])
+        resumed.start()
+        try:
+            start(group, *arguments)
+        finally:
+            resumed.join()
+
+    monkeypatch.setattr(RankGroup, "start", start_late)
+    with pytest.raises(WorkerLost, match="max_failures=1"):
+        job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(max_failures=1))
+    assert started == list(range(5))
+    assert [e.details["reason"] for e in heard.named("gang-broken")] == [
+        f"{number} gangs in a row could not begin" for number in (4, 5)
+    ]
 
 
 @pytest.mark.usefixtures("quick_resizes")

@@ -17,6 +17,7 @@ import pytest
 from distributed import Client, WorkerPlugin
 
 import dask_nn
+from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.homecoming import Homecoming
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
@@ -222,25 +223,28 @@ def test_a_second_ctrl_c_does_not_wait(job, undisturbed, make_cluster, same_bits
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
 
 
-@pytest.mark.parametrize("when", ["a gang forms", "the state is fetched"])
+@pytest.mark.parametrize("when", ["a gang forms", "one is let go of", "the state is fetched"])
 def test_ctrl_c_between_gangs_loses_nothing(
     job, undisturbed, make_cluster, same_bits, heard, tmp_path, monkeypatch, when
 ):
     client = make_cluster(2)
-    where, step = (RankGroup, "start"), 20
-    if when == "the state is fetched":
-        where, step = (Homecoming, "finish"), 90
-    else:
+    job_steps = undisturbed.steps
+    owner, name, step = {
+        "a gang forms": (RankGroup, "start", 20),
+        "one is let go of": (GangWatch, "end", 20),
+        "the state is fetched": (Homecoming, "finish", job_steps),
+    }[when]
+    if step < job_steps:
         fail_at(client, 1, step, "forward", folder=tmp_path)
-    real = getattr(*where)
+    real = getattr(owner, name)
 
     def press(self: Any, *arguments: Any) -> Any:
-        if where[0] is Homecoming or self.generation == 1:
+        if owner is not RankGroup or self.generation == 1:
             monkeypatch.undo()
             signal.raise_signal(signal.SIGINT)
         return real(self, *arguments)
 
-    monkeypatch.setattr(*where, press)
+    monkeypatch.setattr(owner, name, press)
     saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
     with pytest.raises(KeyboardInterrupt) as caught:
         job.train(client, checkpoint=saved, callbacks=[heard])

@@ -237,12 +237,13 @@ class GangWatch:
                 end.lose([_loss(seat, "lost", "left the cluster")])
             elif end.cause is None:
                 # Its rank comes to a step boundary, and makes the others stop there.
+                end.recalled = not self._heartbeats.have_started
                 end.break_off("resize")
-                self._signal(group, "stop")
+                self._signal(group, "abort" if end.recalled else "stop")
         seats = {seat.rank: seat for seat in group.running(removed)}
         now = time.monotonic()
         for rank, silent_s in self._heartbeats.hung(seats, now).items():
-            if end.is_broken and not self._heartbeats.has_spoken(rank):
+            if (end.is_broken or end.recalled) and not self._heartbeats.has_spoken(rank):
                 continue  # it has not begun, and shall not
             reason = f"gave no sign of life for {silent_s:.0f} s"
             self._give_up(end, seats[rank], "hung", reason)
@@ -257,9 +258,11 @@ class GangWatch:
 
     def _may_leave(self, group: RankGroup, end: GangEnd, seat: Seat) -> bool:
         """Tell whether a retired worker's rank stops with the others, as far as one can see."""
+        if not self._membership.is_retired(seat.address) or end.has_failed or end.is_broken:
+            return False
         others = end.outcomes or group.unknown(self._membership.removed)
-        retired = self._membership.is_retired(seat.address)
-        return retired and bool(others) and not end.has_failed and not end.is_broken
+        # Before the first step nothing can be lost with it.
+        return bool(others) or not self._heartbeats.have_started
 
     def _recall(self, group: RankGroup, end: GangEnd) -> None:
         """Call back a gang that cannot begin: a worker starts no tasks, because it leaves, say."""

@@ -91,7 +91,10 @@ class Homecoming:
         """Fetch what the ranks have reached where the run does not go on, and save it."""
         if self._client.status != "running":
             return end.outcomes
-        snapshot = self._fetch_newest()
+        try:
+            snapshot = self._fetch_newest()
+        except KeyboardInterrupt:  # once more: the run ends anyway, and this is all that is left
+            snapshot = self._fetch_newest()
         if snapshot is None:
             return end.outcomes
         if self._checkpoint is not None and snapshot.position > self._saved():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Leases"]
 
+# Whoever only looks may look again.
+LOOK_S = 10.0
 # A scheduler that is busy does what it is asked when it comes to it.
 RELEASE_S = 2.0
 POLL_S = 0.2
@@ -77,7 +79,7 @@ class Leases:
         ClusterError
             If the scheduler does not answer.
         """
-        return set(self._ask(_taken))
+        return set(self._ask(_taken, timeout_s=LOOK_S))
 
     def runs(self) -> set[str]:
         """Give the runs of this cluster that are not over, this one included.

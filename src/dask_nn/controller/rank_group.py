@@ -22,7 +22,7 @@ from dask_nn.training.outcome import RankOutcome
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from concurrent.futures import Future as LoopFuture
 
     from distributed import Client, Future
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dask_nn.controller.placement import Seating
 
 __all__ = [
+    "NobodyTakes",
     "RankGroup",
     "Unanswered",
     "choose_again",
@@ -40,8 +41,9 @@ __all__ = [
 ]
 
 SIGNAL_S = 1.0
-# How often somebody looks whether the workers of a gang can take anything.
-LOOK_S = 1.0
+POLL_S = 0.2
+# Within this time a worker of the gang must take something: not all are paused, or about to leave.
+TAKE_S = 3.0
 # Before its gang has begun, a worker may be silent for so many timeouts of a hanging rank.
 SILENCES = 3
 
@@ -91,6 +93,10 @@ def rank_places(seating: Seating) -> list[RankPlace]:
     ]
 
 
+class NobodyTakes(OSError):
+    """No worker of a gang takes anything: all are paused for want of memory, or about to leave."""
+
+
 class RankGroup:
     """One gang on a cluster.
 
@@ -108,8 +114,6 @@ class RankGroup:
         Name of the communicator.
     changed : threading.Event
         Set whenever a rank ends.
-    can_begin : callable
-        Tells whether it is still worth waiting for the gang's workers to take what they are sent.
     source : StateSource, optional
         Where the run's state is.
     canary : bytes
@@ -127,12 +131,10 @@ class RankGroup:
         seating: Seating,
         collective: str,
         changed: threading.Event,
-        can_begin: Callable[[], bool],
         source: StateSource | None = None,
         canary: bytes = b"",
         hang_timeout_s: float = 10.0,
     ) -> None:
-        self._can_begin = can_begin
         self._hang_timeout_s = hang_timeout_s
         self._client = client
         self._run_id = run_id
@@ -163,8 +165,15 @@ class RankGroup:
         # Ranks that have ended, but whose worker does not say how.
         self.unheard: set[int] = set()
 
-    def start(self, payload: RankPayload) -> None:
+    def start(self, payload: RankPayload, removed: set[str]) -> None:
         """Send the payload to the gang's workers and start the rank tasks.
+
+        Parameters
+        ----------
+        payload : RankPayload
+            What the ranks are sent.
+        removed : set of str
+            Workers that are gone; looked at again and again.
 
         Raises
         ------
@@ -175,7 +184,7 @@ class RankGroup:
         """
         # By value for what has no importable name, such as a module defined in a notebook.
         pickled = cloudpickle.dumps(payload, protocol=pickle.HIGHEST_PROTOCOL)
-        sent = self._send(pickled, payload.settings.start_timeout_s)
+        sent = self._send(pickled, payload.settings.start_timeout_s, removed)
         for seat in self.seats:
             future = self._client.submit(
                 run_rank,
@@ -264,7 +273,7 @@ class RankGroup:
                 future.cancel()
         self._futures = []
 
-    def _send(self, payload: bytes, timeout_s: float) -> Future[Any]:
+    def _send(self, payload: bytes, timeout_s: float, removed: set[str]) -> Future[Any]:
         """Put the payload into the memory of one worker, from which the others fetch it.
 
         Dask's own broadcast would wait until no worker of the cluster is being retired.
@@ -273,28 +282,31 @@ class RankGroup:
         scatter: Any = self._client._scatter  # noqa: SLF001  (the other has no deadline)
         sending = in_loop(
             self._client,
-            scatter(payload, workers=addresses, hash=False, timeout=timeout_s),
+            scatter(payload, workers=addresses, hash=False, timeout=TAKE_S),
         )
         try:
             # The task of a worker that is stopped would be waited for as long as a start may take.
-            silent = self._silent(addresses)
+            silent = self._silent(addresses, removed)
             if silent:
                 raise Unanswered(() if is_busy(self._client) else tuple(sorted(silent)))
-            deadline = time.monotonic() + timeout_s
-            while not wait([sending], LOOK_S).done:
-                if time.monotonic() > deadline or not self._can_begin():
-                    raise Unanswered(())
-            sent: Future[Any] = sending.result(0)
+            sent: Future[Any] = sending.result(timeout_s)
+        except TimeoutError as error:
+            raise (NobodyTakes() if sending.done() else Unanswered(())) from error
         finally:
             sending.cancel()
         return sent
 
-    def _silent(self, addresses: Sequence[str]) -> set[str]:
+    def _silent(self, addresses: Sequence[str], removed: set[str]) -> set[str]:
         """Give the workers that do not answer; one that imports much may take its time."""
         patience_s = SILENCES * self._hang_timeout_s
         asked = ask_workers(self._client, is_there, addresses, timeout_s=patience_s)
+        # Dask would try to reach a worker that has left meanwhile for as long as it may take.
+        while not wait([asked], POLL_S).done:
+            if gone := removed & set(addresses):
+                asked.cancel()
+                raise KeyError(*gone)
         silent = set()
-        for address, answer in asked.result(2 * patience_s).items():
+        for address, answer in asked.result(0).items():
             if isinstance(answer, TimeoutError):
                 silent.add(address)
             elif isinstance(answer, OSError | KeyError):  # it has left meanwhile
@@ -306,15 +318,17 @@ class RankGroup:
             return outcome_of_error(seat, await future._exception())  # noqa: SLF001
         if future.status == "cancelled":
             return outcome_of_error(seat, None)
-        outcome = await self._gather(future)
+        outcome = await self._gather(future, seat.address)
         if not isinstance(outcome, RankOutcome):
             message = f"rank {seat.rank} ended with {outcome!r}"
             raise TypeError(message)
         return outcome
 
-    async def _gather(self, future: Future[Any]) -> Any:
-        """Fetch a result, with a deadline that holds for its worker, not for the scheduler."""
-        # What the client fetches at the same time is one request: that of others is not cancelled.
+    async def _gather(self, future: Future[Any], address: str) -> Any:
+        """Fetch a result, with a deadline that holds for its worker, not for anybody else.
+
+        What the client fetches at the same time is one request: whoever is silent holds up all.
+        """
         fetch = asyncio.ensure_future(self._client._gather([future]))  # noqa: SLF001  (no deadline)
         fetch.add_done_callback(lambda fetch: fetch.cancelled() or fetch.exception())
         began = time.monotonic()
@@ -323,9 +337,17 @@ class RankGroup:
             if fetch.done():
                 (result,) = fetch.result()
                 return result
-            busy = await answers_late(self._client)
-            if not busy or time.monotonic() > began + SILENT_S + self._hang_timeout_s:
+            late = time.monotonic() > began + SILENT_S + self._hang_timeout_s
+            if late or not await self._is_held_up(address):
                 raise TimeoutError
+
+    async def _is_held_up(self, address: str) -> bool:
+        """Tell whether it is not this worker for which something does not come."""
+        if await answers_late(self._client):
+            return True
+        asked = ask_workers(self._client, is_there, [address], timeout_s=self._hang_timeout_s)
+        answers = await asyncio.wrap_future(asked)
+        return not isinstance(answers[address], Exception)
 
 
 def outcome_of_error(seat: Seat, error: BaseException | None) -> RankOutcome:

@@ -20,7 +20,7 @@ from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
-from dask_nn.controller.rank_group import RankGroup, Unanswered, choose_again
+from dask_nn.controller.rank_group import NobodyTakes, RankGroup, Unanswered, choose_again
 from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
 from dask_nn.errors import CheckpointError, ClusterError, WorkerLost
@@ -43,6 +43,8 @@ __all__ = ["Listener", "run_spmd"]
 
 # A gang grows at most so often: each time costs a fraction of a second.
 RESIZE_EVERY_S = 5.0
+# So many gangs in a row may be called back before their first step without being a failure.
+MOST_RECALLS = 3
 FORGET_S = 1.0
 
 
@@ -207,6 +209,7 @@ class _Run:
         self._told_of_encryption = False
         self._started_at = 0
         self._resized = time.monotonic()
+        self._recalls = 0
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -255,6 +258,7 @@ class _Run:
                     if outcomes is not None:
                         return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
                     end.break_off("broken", "no rank is left to say how it ended")
+                self._count_recalls(end)
                 self._last_end = end
                 seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
@@ -275,6 +279,16 @@ class _Run:
         """Tell of each of these workers whether it could begin."""
         self._membership.catch_up()
         return [self._membership.starts_tasks(address) for address in seating.addresses]
+
+    def _count_recalls(self, end: GangEnd) -> None:
+        """Take it for a failure if gang after gang could not begin."""
+        if self._started or end.cause != "resize":
+            self._recalls = 0
+            return
+        self._recalls += 1
+        self._resized = time.monotonic()
+        if self._recalls > MOST_RECALLS:
+            end.break_off("broken", f"{self._recalls} gangs in a row could not begin")
 
     def _forget_others(self) -> None:
         """Let the workers forget what the runs of clients that were killed have left there."""
@@ -310,23 +324,38 @@ class _Run:
             seating=seating,
             collective=collective,
             changed=self._changed,
-            can_begin=lambda: any(self._ready_now(seating)),
             source=self._kept.newest,
             canary=self._canary,
             hang_timeout_s=self._recovery.hang_timeout_s,
         )
         try:
+            end = self._start_and_follow(group, seating)
+        finally:
+            interrupted = self._let_go(group)
+        if interrupted:
+            end.interrupted, end.cause = True, None
+        return end
+
+    def _start_and_follow(self, group: RankGroup, seating: Seating) -> GangEnd:
+        try:
             try:
-                group.start(self._payload)
-            except KeyboardInterrupt:
-                return GangEnd(interrupted=True)
+                group.start(self._payload, self._membership.removed)
             except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
                 return self._not_started(group, seating, error)
-            return self._watch.follow(group)
-        finally:
+        except KeyboardInterrupt:
+            return GangEnd(interrupted=True)
+        return self._watch.follow(group)
+
+    def _let_go(self, group: RankGroup) -> bool:
+        """End what ranks of a gang still do; tell whether Ctrl-C cut that short."""
+        interrupted = False
+        try:
             self._watch.end(group)
-            group.release()
-            self._membership.engaged = ()
+        except KeyboardInterrupt:
+            interrupted = True
+        group.release()
+        self._membership.engaged = ()
+        return interrupted
 
     def _not_started(
         self, group: RankGroup, seating: Seating, error: OSError | KeyError
@@ -350,7 +379,7 @@ class _Run:
             )
             for seat in lost
         )
-        if not (lost or all(ready)):
+        if not lost and (isinstance(error, NobodyTakes) or not all(ready)):
             end.break_off("resize")
         else:
             end.break_off("broken", f"its workers could not be sent their work: {error!r}")
