@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,12 +29,14 @@ from dask_nn.controller import worker_side
 from dask_nn.controller.options import Options
 from dask_nn.controller.preparation import PreparedRun, prepare
 from dask_nn.data.reader import MemoryReader
+from dask_nn.errors import Aborted
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dask_nn.training.outcome import RankOutcome
+    from dask_nn.training.snapshot import Keepsake
 
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -277,6 +280,41 @@ def test_a_transform_in_place_is_applied_once():
     expected = facts(run_gang(run, 1)[0])
     for _ in range(3):
         assert facts(run_gang(run, 4)[0]) == expected
+
+
+class NobodyCame(SerialCommunicator):
+    """A gang that breaks while it forms."""
+
+    def open(self, **_: Any) -> None:
+        message = "nobody came"
+        raise Aborted(message)
+
+
+def test_a_rank_that_has_not_begun_leaves_what_it_started_from():
+    """With metrics of the epoch so far; whoever it has that from may be gone by then."""
+    run = prepared(CASES["ragged last batch, validation and metrics"])
+    kept: list[Keepsake] = []
+
+    def one_rank(comm: SerialCommunicator, **options: Any) -> RankOutcome:
+        before = kept[-1] if kept else None
+        env = RankEnvironment(
+            comm=comm,
+            reader=MemoryReader(run.blocks.arrays),
+            validation_reader=MemoryReader(run.validation.arrays),
+            start=None if before is None else lambda: before.snapshot,
+            carried=before,
+            keep=kept.append,
+            **options,
+        )
+        return rank_main(run.spec, env)
+
+    stop = threading.Event()
+    stop.set()
+    assert one_rank(SerialCommunicator(0, 1), stop_event=stop).status == "stopped"
+    outcome = one_rank(NobodyCame(0, 1))
+    assert (outcome.status, outcome.has_state, outcome.steps) == ("aborted", True, 1)
+    assert len(kept) == 2
+    assert facts(one_rank(SerialCommunicator(0, 1))) == facts(run_gang(run, 1)[0])
 
 
 def test_the_seed_and_the_number_of_shards_change_the_bits():

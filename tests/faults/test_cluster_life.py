@@ -19,6 +19,7 @@ from distributed import Client
 from distributed.core import Status
 
 import dask_nn
+from dask_nn.controller.cluster import list_workers
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
 from dask_nn.errors import ClusterError, WorkerLost
@@ -252,12 +253,12 @@ def test_gang_after_gang_that_cannot_begin_is_a_failure(job, make_cluster, heard
     def start_late(group: RankGroup, *arguments: Any) -> None:
         started.append(group.generation)
         client.run(pause)
-        resumed = threading.Timer(0.5, client.run, [think_better_of_it])
-        resumed.start()
+        while not all(worker.is_paused for worker in list_workers(client).values()):
+            time.sleep(0.01)
         try:
             start(group, *arguments)
         finally:
-            resumed.join()
+            client.run(think_better_of_it)
 
     monkeypatch.setattr(RankGroup, "start", start_late)
     with pytest.raises(WorkerLost, match="max_failures=1"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers
+from dask_nn.controller.gang_watch import SAME_PRESS_S
 from dask_nn.controller.keeping import PIECE_S, StateSource, collect_state, state_piece
 from dask_nn.errors import Aborted
 from dask_nn.training.checkpointing import Checkpointer
@@ -91,10 +93,7 @@ class Homecoming:
         """Fetch what the ranks have reached where the run does not go on, and save it."""
         if self._client.status != "running":
             return end.outcomes
-        try:
-            snapshot = self._fetch_newest()
-        except KeyboardInterrupt:  # once more: the run ends anyway, and this is all that is left
-            snapshot = self._fetch_newest()
+        snapshot = self._fetch_newest_anyway()
         if snapshot is None:
             return end.outcomes
         if self._checkpoint is not None and snapshot.position > self._saved():
@@ -104,6 +103,18 @@ class Homecoming:
 
     def _fetch_newest(self) -> Snapshot | None:
         return _bring_home(self._client, self._kept.sources(), self._run_id)
+
+    def _fetch_newest_anyway(self) -> Snapshot | None:
+        """Fetch it in spite of a Ctrl-C: the run ends as it is. A second one is obeyed."""
+        interrupted_at: float | None = None
+        while True:
+            try:
+                return self._fetch_newest()
+            except KeyboardInterrupt:
+                now = time.monotonic()
+                if interrupted_at is not None and now > interrupted_at + SAME_PRESS_S:
+                    raise
+                interrupted_at = now
 
     def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
         return [replace(o, bitwise=o.bitwise and self.bitwise) for o in outcomes]

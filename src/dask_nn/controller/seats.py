@@ -60,7 +60,10 @@ class Seats:
         """
         if not self._leases.claim(seating.addresses):
             return seating
-        free = self._find(self._leases.taken())
+        try:
+            free = self._find(self._leases.taken())
+        except ClusterError:  # as below
+            free = None
         enough = free is not None and len(free.workers) >= len(seating.workers)
         if free is not None and enough and not self._leases.claim(free.addresses):
             return free

@@ -8,6 +8,7 @@ import time
 import uuid
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers, scheduler_lost
@@ -248,10 +249,8 @@ class _Run:
             return SpmdEnd(outcomes=[], lost=error)
         while True:
             end = self._run_gang(seating)
-            self._kept.note(
-                end.outcomes, generation=self._generation, removed=self._membership.removed
-            )
             try:
+                self._note_kept(end)
                 self._messages.deliver()
                 if end.cause is None:
                     outcomes = self._home.finish(end, self._generation)
@@ -262,12 +261,17 @@ class _Run:
                 self._last_end = end
                 seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
+                self._note_kept(end)
                 outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, interrupted=True)
             except WorkerLost as error:
                 outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, lost=error)
             self._generation += 1
+
+    def _note_kept(self, end: GangEnd) -> None:
+        removed = self._membership.removed
+        self._kept.note(end.outcomes, generation=self._generation, removed=removed)
 
     def _look_again(self, seating: Seating) -> Seating:
         """Choose anew if workers of the first gang have left, or start no tasks, by now."""
@@ -349,11 +353,11 @@ class _Run:
     def _let_go(self, group: RankGroup) -> bool:
         """End what ranks of a gang still do; tell whether Ctrl-C cut that short."""
         interrupted = False
-        try:
-            self._watch.end(group)
-        except KeyboardInterrupt:
-            interrupted = True
-        group.release()
+        for let_go in (partial(self._watch.end, group), group.release):
+            try:
+                let_go()
+            except KeyboardInterrupt:
+                interrupted = True
         self._membership.engaged = ()
         return interrupted
 

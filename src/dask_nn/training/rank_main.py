@@ -33,6 +33,7 @@ from dask_nn.training.loop import TrainingLoop
 from dask_nn.training.outcome import RankOutcome, Status
 from dask_nn.training.randomness import ShardRandomness, restored_generator
 from dask_nn.training.runtime import rank_runtime
+from dask_nn.training.snapshot import Keepsake
 from dask_nn.training.state import TrainingState
 from dask_nn.training.validation import Validation
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from dask_nn.data.reader import BlockReader
     from dask_nn.events import Progress
     from dask_nn.training.checkpointing import LastSave
-    from dask_nn.training.snapshot import Keepsake, Snapshot
+    from dask_nn.training.snapshot import Snapshot
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["RankEnvironment", "rank_main"]
@@ -160,16 +161,27 @@ class _Standing:
     """How far the rank has come, for the outcome of a failure."""
 
     state: TrainingState | None = None
+    start: Keepsake | None = None
     loop: TrainingLoop | None = None
     checkpointer: Checkpointer | None = None
     unfinished: bool = True
     over: bool = False
     failed: bool = False
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is something to leave to the next gang."""
+        return not (self.failed or (self.loop is None and self.start is None))
+
     def leave(self, env: RankEnvironment) -> None:
-        """Leave the last completed step to the next gang, and to the checkpoint where asked."""
-        if self.loop is not None and not self.failed:
-            keepsake = self.loop.keepsake()
+        """Leave the last completed step to the next gang, and to the checkpoint where asked.
+
+        A rank that has not begun leaves what it started from: who it has that from may be gone.
+        """
+        keepsake = None
+        if self.has_state:
+            keepsake = self.start if self.loop is None else self.loop.keepsake()
+        if keepsake is not None:
             if env.keep is not None:
                 env.keep(keepsake)
             if self.checkpointer is not None and env.save_event.is_set():
@@ -202,6 +214,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         start.load(state)
         if env.carried is not None:
             carried = env.carried.partials(start)
+        standing.start = Keepsake(snapshot=start, carried=carried)
     layout = LeafLayout(state.model)
     objective = Objective(spec.loss, weighted=spec.weighted).with_ignored(spec.ignored_labels)
     dtypes = batch_dtypes(spec.fields, layout.floating)
@@ -260,7 +273,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         checkpointer=standing.checkpointer,
         room_bytes=env.room_bytes,
     )
-    standing.loop = loop
+    standing.loop, standing.start = loop, None
     if first and env.on_start is not None:
         env.on_start(
             {
@@ -310,7 +323,7 @@ def _failed(
         rank=env.comm.rank,
         address=env.address,
         status=status,
-        has_state=standing.loop is not None and not standing.failed,
+        has_state=standing.has_state,
         steps=state.steps if state is not None else 0,
         epoch=state.epoch if state is not None else 0,
         error=f"{type(error).__name__}: {error}",
