@@ -10,7 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import dask
@@ -24,6 +24,9 @@ from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
 from dask_nn.errors import ClusterError, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -193,6 +196,17 @@ def pause(dask_worker: Any) -> None:
     dask_worker.status = Status.paused
 
 
+def before_start(monkeypatch: pytest.MonkeyPatch, then: Callable[[RankGroup], Any]) -> None:
+    """Let something happen between the choice of a gang and its start."""
+    start = RankGroup.start
+
+    def start_late(group: RankGroup, *arguments: Any) -> None:
+        then(group)
+        start(group, *arguments)
+
+    monkeypatch.setattr(RankGroup, "start", start_late)
+
+
 def test_a_paused_worker_gets_no_rank(
     job, undisturbed, make_cluster, same_bits, heard, monkeypatch
 ):
@@ -201,13 +215,7 @@ def test_a_paused_worker_gets_no_rank(
     same_bits(job.train(client, callbacks=[heard]), undisturbed)
     assert not heard.named("resized")
 
-    start = RankGroup.start
-
-    def start_late(group: RankGroup, *arguments: Any) -> None:
-        client.run(pause)
-        start(group, *arguments)
-
-    monkeypatch.setattr(RankGroup, "start", start_late)
+    before_start(monkeypatch, lambda _: client.run(pause))
     began = time.monotonic()
     with pytest.raises(WorkerLost, match="no memory is left to start a task on tcp://"):
         job.train(client, recovery=dask_nn.Recovery(workers_timeout_s=1))
@@ -221,9 +229,8 @@ def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
     """The gang is called back: nobody waits for its rank, and that is no failure."""
     client = make_cluster(2, memory_limit=None)
     address = max(client.run(os.getpid))
-    start = RankGroup.start
 
-    def start_late(group: RankGroup, *arguments: Any) -> None:
+    def hinder(group: RankGroup) -> None:
         if group.generation == 0:
             assert address in {seat.address for seat in group.seats}
             if how == "retired":
@@ -232,9 +239,8 @@ def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
                 client.run_on_scheduler(begin_to_retire, address)
             else:
                 client.run(pause, workers=[address])
-        start(group, *arguments)
 
-    monkeypatch.setattr(RankGroup, "start", start_late)
+    before_start(monkeypatch, hinder)
     began = time.monotonic()
     result = job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(max_failures=0))
     assert time.monotonic() - began < PATIENCE_S

@@ -15,7 +15,7 @@ from dask_nn.controller.worker_side import describe
 from dask_nn.errors import ClusterError, IncompatibleWorkers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
@@ -31,6 +31,7 @@ __all__ = [
     "in_loop",
     "inspect_workers",
     "list_workers",
+    "processes",
     "retired_among",
     "scheduler_address",
     "scheduler_lost",
@@ -98,6 +99,11 @@ def list_workers(client: Client) -> dict[str, Listed]:
     """
     found: dict[str, Listed] = ask_scheduler(client, scheduler_side.list_workers, timeout_s=LIST_S)
     return found
+
+
+def processes(listed: Mapping[str, Listed]) -> dict[str, str]:
+    """Give what tells the process at each address from the next one there."""
+    return {address: worker.process for address, worker in listed.items()}
 
 
 def retired_among(client: Client, addresses: Collection[str]) -> Collection[str]:

@@ -87,6 +87,11 @@ class GangEnd:
             self.cause, self.reason = cause, reason
             self.broken_at = time.monotonic()
 
+    def recall(self) -> None:
+        """Note that the gang shall not begin."""
+        self.recalled = True
+        self.break_off("resize")
+
     def lose(self, losses: Iterable[Loss]) -> None:
         """Note that workers were lost; of each the first reason counts."""
         known = {loss.address for loss in self.losses}

@@ -235,11 +235,12 @@ class GangWatch:
                 self._give_up(end, seat, "hung", "did not hand over how its rank ended")
             elif not self._may_leave(group, end, seat):
                 end.lose([_loss(seat, "lost", "left the cluster")])
+            elif end.cause is None and not self._heartbeats.have_started:
+                end.recall()
             elif end.cause is None:
                 # Its rank comes to a step boundary, and makes the others stop there.
-                end.recalled = not self._heartbeats.have_started
                 end.break_off("resize")
-                self._signal(group, "abort" if end.recalled else "stop")
+                self._signal(group, "stop")
         seats = {seat.rank: seat for seat in group.running(removed)}
         now = time.monotonic()
         for rank, silent_s in self._heartbeats.hung(seats, now).items():
@@ -271,8 +272,7 @@ class GangWatch:
         for seat in group.running(self._membership.removed):
             able = self._membership.starts_tasks(seat.address)
             if not able and not self._heartbeats.has_spoken(seat.rank):
-                end.recalled = True
-                end.break_off("resize")
+                end.recall()
 
     def _look_at_the_network(self, group: RankGroup, end: GangEnd, seats: dict[int, Seat]) -> None:
         """Ask workers whether they reach each other, where something does not come.

@@ -7,17 +7,16 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from dask_nn.controller import graph_tasks as tasks
-from dask_nn.controller.cluster import WorkerList, ask_workers, scheduler_lost
+from dask_nn.controller.cluster import WorkerList, ask_workers, processes, scheduler_lost
 from dask_nn.controller.membership import Membership
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
 
     from dask_nn.controller.placement import WorkerFacts
-    from dask_nn.controller.scheduler_side import Listed
 
 __all__ = ["Loss", "WorkerWatch"]
 
@@ -83,7 +82,7 @@ class WorkerWatch:
     def __enter__(self) -> Self:
         """Begin to watch."""
         self._membership.__enter__()
-        self._present = _processes(self._list.ask() or {})
+        self._present = processes(self._list.ask() or {})
         self._looked = time.monotonic()
         return self
 
@@ -117,7 +116,7 @@ class WorkerWatch:
         listed = self._list.ask()
         if listed is None:
             return  # the next look comes late
-        present = _processes(listed)
+        present = processes(listed)
         if time.monotonic() - self._looked > LOOK_EVERY_S + min(LATE_S, self._hang_timeout_s / 2):
             self._asked.clear()
         for address, process in self._present.items():
@@ -154,7 +153,3 @@ class WorkerWatch:
         if at_work_s > limit_s + TASK_FACTOR * longest_s:
             return f"a task of its has not ended after {at_work_s:.0f} s"
         return ""
-
-
-def _processes(listed: Mapping[str, Listed]) -> dict[str, str]:
-    return {address: worker.process for address, worker in listed.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from dask_nn.controller.admission import Admission
-from dask_nn.controller.cluster import WorkerList, in_loop, retired_among
+from dask_nn.controller.cluster import WorkerList, in_loop, processes, retired_among
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.controller.rank_handles import LEAVE_S
 from dask_nn.controller.scheduler_side import REMOVAL, remove_worker
@@ -134,7 +134,7 @@ class Membership:
             return
         self.closing = {address for address, worker in listed.items() if worker.is_closing}
         self.paused = {address for address, worker in listed.items() if worker.is_paused}
-        present = {address: worker.process for address, worker in listed.items()}
+        present = processes(listed)
         replaced = {
             address
             for address, process in present.items()
@@ -249,10 +249,11 @@ class Membership:
         self, *, shards: int, threads_per_rank: int, device: str, taken: Collection[str] = ()
     ) -> Seating | None:
         """Choose the workers of a gang among those that are there; None if none can run a rank."""
+        out = self._excluded.keys() | set(taken)
         able = [
             facts
             for address, facts in self._facts.items()
-            if self.starts_tasks(address) and address not in self._excluded.keys() | set(taken)
+            if self.starts_tasks(address) and address not in out
         ]
         if not able:
             return None

@@ -29,7 +29,7 @@ from dask_nn.events import Event
 from dask_nn.training.checkpointing import LastSave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
@@ -206,7 +206,6 @@ class _Run:
         self._failures = FailureCount()
         self._last_end: GangEnd | None = None
         self._ranks = 0
-        self._started = False
         self._told_of_encryption = False
         self._started_at = 0
         self._resized = time.monotonic()
@@ -275,18 +274,18 @@ class _Run:
 
     def _look_again(self, seating: Seating) -> Seating:
         """Choose anew if workers of the first gang have left, or start no tasks, by now."""
-        if all(self._ready_now(seating)):
+        if all(self._ready_now(seating.addresses)):
             return seating
         return self._next_seating(seating, GangEnd(cause="resize"))
 
-    def _ready_now(self, seating: Seating) -> list[bool]:
+    def _ready_now(self, addresses: Iterable[str]) -> list[bool]:
         """Tell of each of these workers whether it could begin."""
         self._membership.catch_up()
-        return [self._membership.starts_tasks(address) for address in seating.addresses]
+        return [self._membership.starts_tasks(address) for address in addresses]
 
     def _count_recalls(self, end: GangEnd) -> None:
         """Take it for a failure if gang after gang could not begin."""
-        if self._started or end.cause != "resize":
+        if self._heartbeats.have_started or end.cause != "resize":
             self._recalls = 0
             return
         self._recalls += 1
@@ -309,7 +308,6 @@ class _Run:
         self._messages.generation = self._generation
         self._membership.engaged = frozenset(seating.addresses)
         self._ranks = len(seating.workers)
-        self._started = False
         try:
             if self._generation:
                 self._prepare_next_gang()
@@ -333,19 +331,19 @@ class _Run:
             hang_timeout_s=self._recovery.hang_timeout_s,
         )
         try:
-            end = self._start_and_follow(group, seating)
+            end = self._start_and_follow(group)
         finally:
             interrupted = self._let_go(group)
         if interrupted:
             end.interrupted, end.cause = True, None
         return end
 
-    def _start_and_follow(self, group: RankGroup, seating: Seating) -> GangEnd:
+    def _start_and_follow(self, group: RankGroup) -> GangEnd:
         try:
             try:
                 group.start(self._payload, self._membership.removed)
             except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
-                return self._not_started(group, seating, error)
+                return self._not_started(group, error)
         except KeyboardInterrupt:
             return GangEnd(interrupted=True)
         return self._watch.follow(group)
@@ -361,9 +359,7 @@ class _Run:
         self._membership.engaged = ()
         return interrupted
 
-    def _not_started(
-        self, group: RankGroup, seating: Seating, error: OSError | KeyError
-    ) -> GangEnd:
+    def _not_started(self, group: RankGroup, error: OSError | KeyError) -> GangEnd:
         """Say what became of a gang whose workers could not be sent their work."""
         if self._client.status != "running":
             raise error
@@ -371,7 +367,7 @@ class _Run:
         silent = error.addresses if isinstance(error, Unanswered) else ()
         for address in silent:
             self._membership.evict(address, "does not answer")
-        ready = self._ready_now(seating)
+        ready = self._ready_now(seat.address for seat in group.seats)
         gone = group.lost(self._membership.removed)
         lost = [seat for seat in gone if not self._membership.is_retired(seat.address)]
         end.lose(
@@ -422,7 +418,7 @@ class _Run:
         return found if newer else None
 
     def _wants_resize(self, group: RankGroup) -> bool:
-        if not self._started:
+        if not self._heartbeats.have_started:
             return False
         now = time.monotonic()
         members = {seat.address for seat in group.seats}
@@ -511,7 +507,6 @@ class _Run:
 
     def _note_start(self, time_s: float, details: dict[str, Any]) -> None:
         canary = details["canary"]
-        self._started = True
         self._started_at = details["steps"]
         self._home.bitwise = self._home.bitwise and details["bitwise"]
         self._heartbeats.note_start(self._ranks, time.monotonic())
