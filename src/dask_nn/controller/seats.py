@@ -60,10 +60,7 @@ class Seats:
         """
         if not self._leases.claim(seating.addresses):
             return seating
-        try:
-            free = self._find(self._leases.taken())
-        except ClusterError:  # as below
-            free = None
+        free = self._find_free()
         enough = free is not None and len(free.workers) >= len(seating.workers)
         if free is not None and enough and not self._leases.claim(free.addresses):
             return free
@@ -78,10 +75,10 @@ class Seats:
         Seating or None
             None if there are none, other runs have them, or the scheduler is silent.
         """
+        seating = self._find_free()
         try:
-            seating = self._find(self._leases.taken())
             return None if seating is None or self._leases.claim(seating.addresses) else seating
-        except ClusterError:  # for how long that may be is for who lists the workers to say
+        except ClusterError:  # as below
             return None
 
     def more_than(self, ranks: int) -> bool:
@@ -92,17 +89,19 @@ class Seats:
         ranks : int
             Of the gang at work.
         """
-        # Leases are asked of the scheduler, so only where it matters.
-        if self._seats() <= ranks:
-            return False
-        try:
-            return self._seats(self._leases.taken()) > ranks
-        except ClusterError:  # as above
-            return False
 
-    def _seats(self, taken: Collection[str] = ()) -> int:
-        seating = self._find(taken)
-        return 0 if seating is None else len(seating.workers)
+        def are_more(seating: Seating | None) -> bool:
+            return seating is not None and len(seating.workers) > ranks
+
+        # Leases are asked of the scheduler, so only where it matters.
+        return are_more(self._find()) and are_more(self._find_free())
+
+    def _find_free(self) -> Seating | None:
+        """Choose among workers that no other run holds; None also where the scheduler is silent."""
+        try:
+            return self._find(self._leases.taken())
+        except ClusterError:  # for how long that may be is for who lists the workers to say
+            return None
 
     def _find(self, taken: Collection[str] = ()) -> Seating | None:
         return self._membership.seating(

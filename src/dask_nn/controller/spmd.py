@@ -8,12 +8,12 @@ import time
 import uuid
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers, scheduler_lost
 from dask_nn.controller.failure_policy import FailureCount, Recovery, Situation, decide
-from dask_nn.controller.gang_end import GangEnd, Loss
+from dask_nn.controller.gang_end import GangEnd
+from dask_nn.controller.gang_run import run_gang
 from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.heartbeats import Heartbeats
 from dask_nn.controller.homecoming import Homecoming
@@ -21,7 +21,7 @@ from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
-from dask_nn.controller.rank_group import NobodyTakes, RankGroup, Unanswered, choose_again
+from dask_nn.controller.rank_group import RankGroup, choose_again
 from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
 from dask_nn.errors import CheckpointError, ClusterError, WorkerLost
@@ -29,7 +29,7 @@ from dask_nn.events import Event
 from dask_nn.training.checkpointing import LastSave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
     from distributed import Client
@@ -274,14 +274,10 @@ class _Run:
 
     def _look_again(self, seating: Seating) -> Seating:
         """Choose anew if workers of the first gang have left, or start no tasks, by now."""
-        if all(self._ready_now(seating.addresses)):
+        self._membership.catch_up()
+        if all(self._membership.starts_tasks(address) for address in seating.addresses):
             return seating
         return self._next_seating(seating, GangEnd(cause="resize"))
-
-    def _ready_now(self, addresses: Iterable[str]) -> list[bool]:
-        """Tell of each of these workers whether it could begin."""
-        self._membership.catch_up()
-        return [self._membership.starts_tasks(address) for address in addresses]
 
     def _count_recalls(self, end: GangEnd) -> None:
         """Take it for a failure if gang after gang could not begin."""
@@ -330,59 +326,14 @@ class _Run:
             canary=self._canary,
             hang_timeout_s=self._recovery.hang_timeout_s,
         )
-        try:
-            end = self._start_and_follow(group)
-        finally:
-            interrupted = self._let_go(group)
-        if interrupted:
-            end.interrupted, end.cause = True, None
-        return end
-
-    def _start_and_follow(self, group: RankGroup) -> GangEnd:
-        try:
-            try:
-                group.start(self._payload, self._membership.removed)
-            except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
-                return self._not_started(group, error)
-        except KeyboardInterrupt:
-            return GangEnd(interrupted=True)
-        return self._watch.follow(group)
-
-    def _let_go(self, group: RankGroup) -> bool:
-        """End what ranks of a gang still do; tell whether Ctrl-C cut that short."""
-        interrupted = False
-        for let_go in (partial(self._watch.end, group), group.release):
-            try:
-                let_go()
-            except KeyboardInterrupt:
-                interrupted = True
-        self._membership.engaged = ()
-        return interrupted
-
-    def _not_started(self, group: RankGroup, error: OSError | KeyError) -> GangEnd:
-        """Say what became of a gang whose workers could not be sent their work."""
-        if self._client.status != "running":
-            raise error
-        end = GangEnd()
-        silent = error.addresses if isinstance(error, Unanswered) else ()
-        for address in silent:
-            self._membership.evict(address, "does not answer")
-        ready = self._ready_now(seat.address for seat in group.seats)
-        gone = group.lost(self._membership.removed)
-        lost = [seat for seat in gone if not self._membership.is_retired(seat.address)]
-        end.lose(
-            Loss(
-                address=seat.address,
-                rank=seat.rank,
-                cause="hung" if seat.address in silent else "lost",
-                reason="does not answer" if seat.address in silent else f"left ({error!r})",
-            )
-            for seat in lost
+        end = run_gang(
+            group,
+            self._payload,
+            client=self._client,
+            membership=self._membership,
+            watch=self._watch,
         )
-        if not lost and (isinstance(error, NobodyTakes) or not all(ready)):
-            end.break_off("resize")
-        else:
-            end.break_off("broken", f"its workers could not be sent their work: {error!r}")
+        self._membership.engaged = ()
         return end
 
     def _tell_of_encryption(self, seating: Seating, collective: str) -> None:
