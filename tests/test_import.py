@@ -38,6 +38,15 @@ def test_importing_the_package_does_not_import_torch():
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_without_metrics_no_process_imports_torchmetrics():
+    """It takes most of a second, and 80 MB in each."""
+    done = run(
+        "import dask_nn.training.rank_main, dask_nn.evaluation, sys; from dask_nn import train;"
+        "print('torchmetrics' in sys.modules)"
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
 @pytest.mark.parametrize("options", [["--help"], ["--version"]])
 def test_the_command_line_answers_without_torch(options):
     done = run(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-PRELOAD = ("dask_nn.evaluation",)
+PRELOAD = ("dask_nn.evaluation", "dask_nn.metrics.states")
 
 
 @click.command

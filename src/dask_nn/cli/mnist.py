@@ -34,6 +34,7 @@ _PRELOAD = (
     "dask_nn.training.rank_main",
     "dask_nn.controller.worker_side",
     "dask_nn.data.peek",
+    "dask_nn.metrics.states",
 )
 _POSITIVE = click.IntRange(min=1)
 # Wider, and the weights alone take gigabytes.

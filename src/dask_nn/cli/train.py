@@ -74,7 +74,8 @@ def _run(job: JobFile, console: Console, *, resume: bool) -> None:
     with ExitStack() as stack:
         X, y, sample_weight, validation = open_training(job)
         _check(job, options, resume=resume, validated=validation is not None)
-        client = stack.enter_context(cluster.open(PRELOAD))
+        preload = (*PRELOAD, "dask_nn.metrics.states") if options.get("metrics") else PRELOAD
+        client = stack.enter_context(cluster.open(preload))
         console.print(f"dask-nn on {client.scheduler_info()['address']}")
         console.print(f"Dashboard: {client.dashboard_link}")
         progress = stack.enter_context(RichProgress(console))

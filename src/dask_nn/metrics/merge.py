@@ -1,4 +1,8 @@
-"""Partial values of metrics and losses, and their merging in one fixed order."""
+"""Partial values of metrics and losses, and their merging in one fixed order.
+
+torchmetrics is imported where a metric is at hand, here as in :mod:`dask_nn.metrics.names` and
+:mod:`dask_nn.metrics.streams`: without metrics, no process takes the time and memory for it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,13 @@ import torch
 from torch import Tensor
 
 from dask_nn.errors import ConfigurationError
-from dask_nn.metrics.states import States, combine, loaded, states_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torchmetrics import Metric
+
+    from dask_nn.metrics.states import States
 
 __all__ = [
     "LossPartial",
@@ -59,6 +64,8 @@ class MetricPartial(Partial):
 
     def merged(self, right: Self) -> Self:
         """Merge with the partial of the samples that follow."""
+        from dask_nn.metrics.states import combine
+
         # Parts without samples hold default states, which need not be neutral.
         if right.num_updates == 0:
             return self
@@ -119,6 +126,8 @@ def partial_of(metric: Metric, as_given: Metric | None = None) -> MetricPartial:
     MetricPartial
         Tensors on the CPU; lists of tensors are joined to one.
     """
+    from dask_nn.metrics.states import states_of
+
     return MetricPartial(
         num_updates=metric.update_count,
         states=states_of(metric),
@@ -189,6 +198,8 @@ def compute(metrics: Mapping[str, Metric], partials: Mapping[str, Partial]) -> d
         if isinstance(partial, LossPartial):
             values[name] = partial.value
         elif isinstance(partial, MetricPartial) and partial.num_updates:
+            from dask_nn.metrics.states import loaded
+
             states = partial.states if partial.as_given is None else partial.as_given
             metric = loaded(metrics[name], states, partial.num_updates)
             values.update(_flatten(name, metric.compute()))

@@ -4,70 +4,34 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryAUROC,
-    BinaryF1Score,
-    BinaryPrecision,
-    BinaryRecall,
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-    MultilabelAccuracy,
-    MultilabelAUROC,
-    MultilabelF1Score,
-    MultilabelPrecision,
-    MultilabelRecall,
-)
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
 from dask_nn.errors import ConfigurationError
-from dask_nn.metrics.states import check_mergeable
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 __all__ = ["METRIC_NAMES", "Metrics", "Task", "infer_task", "resolve"]
 
 Task = Literal["binary", "multiclass", "multilabel"]
-Metrics = str | Metric | Sequence[str | Metric] | Mapping[str, Metric | str]
+type Metrics = str | Metric | Sequence[str | Metric] | Mapping[str, Metric | str]
 
-_CLASSIFICATION: Final[dict[str, dict[Task, type[Metric]]]] = {
-    "accuracy": {
-        "binary": BinaryAccuracy,
-        "multiclass": MulticlassAccuracy,
-        "multilabel": MultilabelAccuracy,
-    },
-    "precision": {
-        "binary": BinaryPrecision,
-        "multiclass": MulticlassPrecision,
-        "multilabel": MultilabelPrecision,
-    },
-    "recall": {
-        "binary": BinaryRecall,
-        "multiclass": MulticlassRecall,
-        "multilabel": MultilabelRecall,
-    },
-    "f1": {
-        "binary": BinaryF1Score,
-        "multiclass": MulticlassF1Score,
-        "multilabel": MultilabelF1Score,
-    },
-    "auroc": {
-        "binary": BinaryAUROC,
-        "multiclass": MulticlassAUROC,
-        "multilabel": MultilabelAUROC,
-    },
+# Named as in torchmetrics, after the task.
+_CLASSIFICATION: Final = {
+    "accuracy": "Accuracy",
+    "precision": "Precision",
+    "recall": "Recall",
+    "f1": "F1Score",
+    "auroc": "AUROC",
 }
-_REGRESSION: Final[dict[str, Callable[[], Metric]]] = {
-    "mse": MeanSquaredError,
-    "mae": MeanAbsoluteError,
-    "rmse": lambda: MeanSquaredError(squared=False),
-    "r2": R2Score,
+_REGRESSION: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "mse": ("MeanSquaredError", {}),
+    "mae": ("MeanAbsoluteError", {}),
+    "rmse": ("MeanSquaredError", {"squared": False}),
+    "r2": ("R2Score", {}),
 }
 METRIC_NAMES: Final = (*_CLASSIFICATION, *_REGRESSION)
 _RESERVED: Final = frozenset({"epoch", "loss", "samples_per_s", "seconds"})
@@ -137,6 +101,10 @@ def resolve(
         that is no metric.
     """
     resolved: dict[str, Metric] = {}
+    if isinstance(metrics, (Sequence, Mapping)) and not metrics:
+        return resolved
+    from dask_nn.metrics.states import check_mergeable
+
     for name, given in _named(metrics):
         if name in resolved:
             raise ConfigurationError(
@@ -157,6 +125,8 @@ def resolve(
 
 
 def _named(metrics: Metrics) -> list[tuple[str, str | Metric]]:
+    from torchmetrics import Metric, MetricCollection
+
     if isinstance(metrics, (str, Metric, MetricCollection)):
         metrics = [metrics]
     pairs: list[tuple[str, Any]]
@@ -185,8 +155,13 @@ def _named(metrics: Metrics) -> list[tuple[str, str | Metric]]:
 def _by_name(
     name: str, num_outputs: int | None, task: Task | None, ignore_index: int | None
 ) -> Metric:
+    from torchmetrics import classification, regression
+
+    made: Metric
     if name in _REGRESSION:
-        return _REGRESSION[name]().set_dtype(torch.float64)
+        kind, arguments = _REGRESSION[name]
+        made = getattr(regression, kind)(**arguments)
+        return made.set_dtype(torch.float64)
     if name not in _CLASSIFICATION:
         near = difflib.get_close_matches(name.lower(), METRIC_NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -210,4 +185,5 @@ def _by_name(
         }
     elif task == "multilabel":
         options |= {"num_labels": num_outputs}
-    return _CLASSIFICATION[name][task](**options)
+    made = getattr(classification, task.capitalize() + _CLASSIFICATION[name])(**options)
+    return made

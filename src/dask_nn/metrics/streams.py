@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.metric import CompositionalMetric
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from dask_nn.errors import ConfigurationError, DataError
 from dask_nn.metrics.heads import WHOLE
@@ -17,6 +14,8 @@ from dask_nn.metrics.merge import MetricPartial, compute, partial_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torchmetrics import Metric
 
     from dask_nn.metrics.heads import Head
 
@@ -126,6 +125,8 @@ class MetricStream:
     @property
     def is_cheap(self) -> bool:
         """Whether computing the value does not grow with the number of samples."""
+        from torchmetrics import Metric
+
         return not any(
             isinstance(default, list)
             for part in self._metric.modules()
@@ -252,6 +253,10 @@ def classifies(metric: Metric) -> bool:
 
 def _activation(name: str, metric: Metric) -> str:
     """Find how a metric turns logits into probabilities: "sigmoid", "softmax" or "" if never."""
+    from torchmetrics import Metric
+    from torchmetrics.metric import CompositionalMetric
+    from torchmetrics.wrappers.abstract import WrapperMetric
+
     found = {
         _activation_of(part)
         for part in metric.modules()
