@@ -35,6 +35,14 @@ def test_the_newest_state_that_is_left_is_the_truth(kept):
     assert {source.address for source in kept.sources()} == {"a", "b"}
 
 
+def test_of_equal_states_the_last_that_was_left_is_taken(kept):
+    """Whoever was asked for the older one in vain would be asked again and again."""
+    kept.note([outcome("c", 2, 60)], generation=4, removed=set())
+    assert kept.newest.address == "c"
+    assert {source.address for source in kept.sources()} == {"a", "b", "c"}
+    assert {source.address for source in kept.states()} == {"a", "b", "c", "slow"}
+
+
 def test_a_state_that_was_passed_over_is_no_source(kept):
     kept.pass_over()
     assert kept.newest is None

@@ -102,14 +102,20 @@ def test_one_run_is_served_while_another_is_made_ready():
             return (int, ())
 
     large = Keepsake(snapshot=Snapshot(weights={}, optimizer={"slow": Slow()}))
+    small = keepsake(1)
+    start = large.snapshot.position
     keeping.keep("a", "large", 0, large)
-    keeping.keep("a", "small", 0, keepsake(1))
-    busy = threading.Thread(target=keeping._piece, args=("a", "large", 0, 0))
+    keeping.keep("a", "small", 0, small)
+    busy = threading.Thread(target=keeping._piece, args=("a", "large", start, 0))
     busy.start()
     try:
         assert entered.wait(10)
         answered: list[object] = []
-        other = threading.Thread(target=lambda: answered.append(keeping._piece("a", "small", 0, 0)))
+
+        def ask() -> None:
+            answered.append(keeping._piece("a", "small", small.snapshot.position, 0))
+
+        other = threading.Thread(target=ask)
         other.start()
         other.join(10)
         assert answered

@@ -17,6 +17,7 @@ import pytest
 from distributed import Client, WorkerPlugin
 
 import dask_nn
+from dask_nn.controller import run, spmd
 from dask_nn.controller.gang_watch import GangWatch
 from dask_nn.controller.homecoming import Homecoming
 from dask_nn.controller.leases import Leases
@@ -26,11 +27,19 @@ from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 PATIENCE_S = 60.0
+
+
+def wait_for(mark: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def pids(client: Any) -> dict[str, int]:
@@ -223,14 +232,72 @@ def test_a_second_ctrl_c_does_not_wait(job, undisturbed, make_cluster, same_bits
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
 
 
-@pytest.mark.parametrize("when", ["a gang forms", "one is let go of", "the state is fetched"])
+@pytest.mark.parametrize("how", ["held down", "twice"])
+def test_a_press_in_a_long_step_of_all_ranks_loses_nothing(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, how
+):
+    """A key that is held down is one press; after two, ranks that end late are still heard."""
+    client = make_cluster(2)
+    long = [
+        Fault(point="before exchange", rank=rank, step=20, action="compute", seconds=3.2)
+        for rank in range(2)
+    ]
+    mark, _ = install(client, long, tmp_path)
+    over = threading.Event()
+
+    def press() -> None:
+        wait_for(mark)
+        for _ in range(40 if how == "held down" else 2):
+            os.kill(os.getpid(), signal.SIGINT)
+            if over.wait(1 / 30 if how == "held down" else 0.7):
+                return
+
+    fingers = threading.Thread(target=press)
+    fingers.start()
+    saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            job.train(client, checkpoint=saved, callbacks=[heard])
+    finally:
+        over.set()
+        fingers.join()
+    assert isinstance(caught.value, TrainingInterrupted)
+    assert caught.value.result.steps >= 20
+    assert heard.named("checkpoint")[-1].details["steps"] == caught.value.result.steps
+    same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
+def test_ctrl_c_when_all_is_done_keeps_the_result(
+    job, undisturbed, make_cluster, same_bits, monkeypatch
+):
+    client = make_cluster(2)
+    release = Leases.release
+
+    def press(leases: Leases) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        release(leases)
+
+    monkeypatch.setattr(Leases, "release", press)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        job.train(client)
+    assert isinstance(caught.value, TrainingInterrupted)
+    same_bits(caught.value.result, undisturbed)
+    same_bits(job.train(client), undisturbed)  # the workers were given back
+
+
+GANG_MOMENTS = ["a gang forms", "its ranks start", "one is let go of", "the state is fetched"]
+
+
+@pytest.mark.parametrize("when", GANG_MOMENTS)
 def test_ctrl_c_between_gangs_loses_nothing(
     job, undisturbed, make_cluster, same_bits, heard, tmp_path, monkeypatch, when
 ):
     client = make_cluster(2)
     job_steps = undisturbed.steps
     owner, name, step = {
-        "a gang forms": (RankGroup, "start", 20),
+        "a gang forms": (RankGroup, "send", 20),
+        "its ranks start": (RankGroup, "start", 20),
         "one is let go of": (GangWatch, "end", 20),
         "the state is fetched": (Homecoming, "finish", job_steps),
     }[when]
@@ -239,18 +306,21 @@ def test_ctrl_c_between_gangs_loses_nothing(
     real = getattr(owner, name)
 
     def press(self: Any, *arguments: Any) -> Any:
+        if name == "start":
+            real(self, *arguments)
         if owner is not RankGroup or self.generation == 1:
             monkeypatch.undo()
             signal.raise_signal(signal.SIGINT)
-        return real(self, *arguments)
+        return None if name == "start" else real(self, *arguments)
 
     monkeypatch.setattr(owner, name, press)
     saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
     with pytest.raises(KeyboardInterrupt) as caught:
         job.train(client, checkpoint=saved, callbacks=[heard])
     assert isinstance(caught.value, TrainingInterrupted)
-    assert caught.value.result.steps == step
-    assert heard.named("checkpoint")[-1].details["steps"] == step
+    reached = caught.value.result.steps
+    assert reached >= step if name == "start" else reached == step
+    assert heard.named("checkpoint")[-1].details["steps"] == reached
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
 
 
@@ -273,6 +343,34 @@ def test_ctrl_c_saves_also_when_the_rank_that_writes_is_lost(
     (written,) = heard.named("checkpoint")
     assert written.details["steps"] == caught.value.result.steps
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
+@pytest.mark.parametrize("lasts", [True, False])
+def test_lost_blocks_for_which_there_is_no_room(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, monkeypatch, lasts
+):
+    """The run waits for room; at last it is given up, with what it has reached."""
+    client = make_cluster(2)
+    fail_at(client, 1, 20, "forward", folder=tmp_path)
+    restore = run._restore
+    refusals = []
+
+    def refuse(*arguments: Any) -> Any:
+        if lasts or len(refusals) < 3:
+            refusals.append(time.monotonic())
+            raise ClusterError("no worker takes data or work")
+        return restore(*arguments)
+
+    monkeypatch.setattr(run, "_restore", refuse)
+    monkeypatch.setattr(spmd, "RESTORE_S", 1.0)
+    if not lasts:
+        same_bits(job.train(client, callbacks=[heard]), undisturbed)
+        assert len(refusals) == 3
+        return
+    with pytest.raises(WorkerLost, match="blocks that were lost cannot be put back") as caught:
+        job.train(client, callbacks=[heard])
+    assert caught.value.result.steps == 20
+    assert heard.named("gave-up")
 
 
 def test_what_is_reached_is_saved_when_a_run_is_given_up(

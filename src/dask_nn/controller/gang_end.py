@@ -56,6 +56,8 @@ class GangEnd:
         Why it broke, where no worker was lost.
     interrupted : bool
         Whether Ctrl-C ended it.
+    save_ordered : bool
+        Whether its ranks were told to save what they have reached.
     recalled : bool
         Whether it was called back before its first step: that its ranks abort is no failure.
     broken_at : float
@@ -67,6 +69,7 @@ class GangEnd:
     losses: list[Loss] = field(default_factory=list)
     reason: str = ""
     interrupted: bool = False
+    save_ordered: bool = False
     recalled: bool = False
     broken_at: float = field(default_factory=time.monotonic)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dask_nn.controller.gang_end import GangEnd, Loss
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
 
     from dask_nn.controller.gang_watch import GangWatch
     from dask_nn.controller.membership import Membership
+    from dask_nn.controller.presses import Presses
     from dask_nn.controller.rank_group import RankGroup
     from dask_nn.controller.worker_side import RankPayload
 
@@ -26,6 +26,7 @@ def run_gang(
     client: Client,
     membership: Membership,
     watch: GangWatch,
+    presses: Presses,
 ) -> GangEnd:
     """Start a gang, follow it to its end, and end what its ranks still do then.
 
@@ -41,6 +42,8 @@ def run_gang(
         Who is there.
     watch : GangWatch
         Follows it.
+    presses : Presses
+        Of Ctrl-C.
 
     Returns
     -------
@@ -53,42 +56,42 @@ def run_gang(
         If the scheduler is gone.
     """
     try:
-        end = _start_and_follow(group, payload, client, membership, watch)
+        end = _start(group, payload, client=client, membership=membership, presses=presses)
+        if end is None:
+            end = watch.follow(group)
     finally:
-        interrupted = _let_go(group, watch)
+        interrupted = watch.end(group)
+        # Also of ranks that were not waited for, and have said by now how they ended.
+        outcomes = group.outcomes()
+        group.release()
+    end.outcomes = outcomes
     if interrupted:
         end.interrupted, end.cause = True, None
     return end
 
 
-def _start_and_follow(
+def _start(
     group: RankGroup,
     payload: RankPayload,
+    *,
     client: Client,
     membership: Membership,
-    watch: GangWatch,
-) -> GangEnd:
+    presses: Presses,
+) -> GangEnd | None:
+    """Start the ranks; give the gang's end where that cannot be done."""
     try:
         try:
-            group.start(payload, membership.removed)
+            with presses.heard():
+                sent = group.send(payload, membership.removed)
         except (OSError, KeyError) as error:  # Dask's for a worker that leaves meanwhile
             if client.status != "running":
                 raise
             return _not_started(group, error, membership)
+        # Ctrl-C must not come in between: ranks that nobody follows leave states nobody knows of.
+        group.start(sent)
     except KeyboardInterrupt:
         return GangEnd(interrupted=True)
-    return watch.follow(group)
-
-
-def _let_go(group: RankGroup, watch: GangWatch) -> bool:
-    """End what ranks of a gang still do; tell whether Ctrl-C cut that short."""
-    interrupted = False
-    for let_go in (partial(watch.end, group), group.release):
-        try:
-            let_go()
-        except KeyboardInterrupt:
-            interrupted = True
-    return interrupted
+    return None
 
 
 def _not_started(group: RankGroup, error: OSError | KeyError, membership: Membership) -> GangEnd:

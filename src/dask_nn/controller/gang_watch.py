@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from dask_nn.controller.heartbeats import Heartbeats
     from dask_nn.controller.listening import Listener, RankMessages
     from dask_nn.controller.membership import Membership
+    from dask_nn.controller.presses import Presses
     from dask_nn.controller.rank_group import RankGroup
     from dask_nn.controller.worker_side import Seat
 
@@ -31,14 +31,11 @@ POLL_S = 0.2
 # Once a gang breaks, tasks of ranks that have not begun yet are waited for so long.
 BEGIN_S = 5.0
 # After Ctrl-C the user is told for what the ranks are waited for; after a second one they get so
-# long, and are left.
+# long, after a third none, and are left.
 STOP_S = 1.5
 # However the run ended, ranks that still work get so long to notice.
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
-# What interrupts again within this time is the same wish: a key held down, or a callback that asks
-# to stop whenever it is called.
-SAME_PRESS_S = 0.5
 # A look that comes so late finds silence that is the fault of this process, which slept, or of the
 # scheduler, which did not answer: all signs of life come through it.
 LATE_S = 3.0
@@ -67,6 +64,8 @@ class GangWatch:
         Tells whether a gang should make room for another one, of other workers.
     restore_blocks : callable
         Puts blocks that only the client can make again back on the cluster; tells whether it could.
+    presses : Presses
+        Of Ctrl-C.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class GangWatch:
         listener: Listener,
         wants_resize: Callable[[RankGroup], bool],
         restore_blocks: Callable[[], bool],
+        presses: Presses,
     ) -> None:
         self._client = client
         self._membership = membership
@@ -93,51 +93,51 @@ class GangWatch:
         self._restore_blocks = restore_blocks
         self._inquiry: Future[dict[str, Any]] | None = None
         self._inquire_at = 0.0
+        self._presses = presses
         self._restored: set[str] = set()
-        self._impatient_at: float | None = None
-        self._interrupted_at = -math.inf
+        self._left_at: float | None = None
         self._told_of_stopping = False
         self._looked = self._caught_up = time.monotonic()
 
     def follow(self, group: RankGroup) -> GangEnd:
         """Watch a gang until all its ranks have ended, or those that did not are given up."""
         end = GangEnd()
-        self._inquiry, self._impatient_at, self._told_of_stopping = None, None, False
-        self._interrupted_at = -math.inf
+        self._inquiry, self._left_at, self._told_of_stopping = None, None, False
         self._restored = set(self._membership.removed)
         while True:
             try:
-                self.wait()
-                self.look_around()
+                with self._presses.heard():
+                    self.wait()
+                    self.look_around()
             except KeyboardInterrupt:
                 self._note_interrupt(end)
             # Also where callbacks interrupt every look: the ranks have to hear of it.
             try:
                 if self._has_ended(group, end):
                     return end
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # of a callback
                 self._note_interrupt(end)
 
     def _note_interrupt(self, end: GangEnd) -> None:
         """Stop the gang; at the second time, soon; at the third, do not wait for it at all."""
-        now = time.monotonic()
-        if now < self._interrupted_at + SAME_PRESS_S:
+        if not self._presses.is_another():
             return
-        if self._impatient_at is not None:
-            raise KeyboardInterrupt
-        self._interrupted_at = now
-        if end.interrupted:
-            self._impatient_at = now
+        now = time.monotonic()
+        if self._left_at is not None:
+            self._left_at = now
+        elif end.interrupted:
+            self._left_at = now + STOP_S
         end.interrupted = True
 
-    def _stop(self, group: RankGroup) -> None:
+    def _stop(self, group: RankGroup, end: GangEnd) -> None:
         """Do as Ctrl-C wants: stop at a step boundary; at the second time, at once."""
         removed = self._membership.removed
         seats = group.running(removed)
         if seats and not self._told_of_stopping:
             self._told_of_stopping = True
             self._tell("stopping", ranks=len(seats))
-        order = "finish" if self._impatient_at is None else "abort"
+        order = "finish" if self._left_at is None else "abort"
+        end.save_ordered = True
         self._signal(group, order)  # again and again: one may just be starting
 
     def wait(self) -> None:
@@ -175,15 +175,28 @@ class GangWatch:
         for address, reason in self._membership.refused().items():
             self._tell("worker-refused", address=address, rank=-1, step=-1, reason=reason)
 
-    def end(self, group: RankGroup) -> None:
-        """End ranks that are still at work: a cancelled task would go on in its thread."""
+    def end(self, group: RankGroup) -> bool:
+        """End ranks that are still at work: a cancelled task would go on in its thread.
+
+        Returns
+        -------
+        bool
+            Whether there was a Ctrl-C meanwhile. The second one cuts it short.
+        """
         deadline = time.monotonic() + END_S
         removed = self._membership.removed
-        while self._client.status == "running" and group.running(removed):
-            if time.monotonic() > deadline:
-                return
-            group.signal("abort", removed)
-            self.wait()
+        presses = 0
+        while self._client.status == "running" and group.unknown(removed):
+            if time.monotonic() > deadline or presses > 1:
+                break
+            try:
+                with self._presses.heard():
+                    group.signal("abort", removed)
+                    self.wait()
+                    group.outcomes()
+            except KeyboardInterrupt:
+                presses += self._presses.is_another()
+        return presses > 0
 
     def _has_ended(self, group: RankGroup, end: GangEnd) -> bool:
         """Judge a gang, and act on it; True when nothing more can be learnt from it."""
@@ -202,7 +215,7 @@ class GangWatch:
         if end.is_broken or end.recalled:
             self._signal(group, "abort")  # again and again: one may just be starting
         elif end.interrupted:
-            self._stop(group)
+            self._stop(group, end)
         elif end.cause is None and self._wants_resize(group):
             # It goes on until it comes to a step boundary, however long that takes.
             end.break_off("resize")
@@ -221,7 +234,7 @@ class GangWatch:
     def _are_left(self, seats: list[Seat], end: GangEnd) -> bool:
         """Tell whether ranks are not waited for any more that have neither ended nor hang."""
         now = time.monotonic()
-        if self._impatient_at is not None and now > self._impatient_at + STOP_S:
+        if self._left_at is not None and now >= self._left_at:
             return True
         begun = any(self._heartbeats.has_spoken(seat.rank) for seat in seats)
         over = end.is_broken or end.recalled

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import queue
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers
-from dask_nn.controller.gang_watch import SAME_PRESS_S
 from dask_nn.controller.keeping import PIECE_S, StateSource, collect_state, state_piece
 from dask_nn.errors import Aborted
 from dask_nn.training.checkpointing import Checkpointer
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.controller.gang_end import GangEnd
     from dask_nn.controller.kept_states import KeptStates
+    from dask_nn.controller.presses import Presses
     from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["Homecoming"]
@@ -49,6 +48,8 @@ class Homecoming:
         Gives epoch and steps of the newest checkpoint that is whole.
     on_event : callable
         Told of what happens: a name and details.
+    presses : Presses
+        Of Ctrl-C.
 
     Attributes
     ----------
@@ -66,7 +67,9 @@ class Homecoming:
         configuration: Mapping[str, Any],
         saved: Callable[[], tuple[int, int]],
         on_event: Callable[[str, dict[str, Any]], None],
+        presses: Presses,
     ) -> None:
+        self._presses = presses
         self._client = client
         self._run_id = run_id
         self._kept = kept
@@ -79,42 +82,75 @@ class Homecoming:
     def finish(self, end: GangEnd, generation: int) -> list[RankOutcome] | None:
         """Give the outcomes of a gang that ends the run, with its state; None if that is lost."""
         done = {outcome.status for outcome in end.outcomes}
-        saved = any(outcome.rank == 0 and outcome.status == "stopped" for outcome in end.outcomes)
-        if end.interrupted and not saved:
+        stopped = any(outcome.rank == 0 and outcome.status == "stopped" for outcome in end.outcomes)
+        if end.interrupted and not (stopped and end.save_ordered):
             return self.salvage(end, generation)
         if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
             return self._marked(end.outcomes)
-        snapshot = self._fetch_newest()
+        snapshot = self._fetch(self._kept.sources())
         if snapshot is None:
             return end.outcomes if end.interrupted else None
         return self._marked(_with_state(end.outcomes, snapshot))
 
     def salvage(self, end: GangEnd, generation: int) -> list[RankOutcome]:
-        """Fetch what the ranks have reached where the run does not go on, and save it."""
+        """Fetch the newest state there still is where the run does not go on, and save it."""
         if self._client.status != "running":
             return end.outcomes
-        snapshot = self._fetch_newest_anyway()
+        snapshot = self._fetch_anyway(self._kept.states())
         if snapshot is None:
             return end.outcomes
         if self._checkpoint is not None and snapshot.position > self._saved():
             place = {"run_id": self._run_id, "generation": generation}
-            _save_here(self._checkpoint, snapshot, {**self._configuration, **place}, self._on_event)
+            self._save_here(self._checkpoint, snapshot, {**self._configuration, **place})
         return self._marked(_with_state(end.outcomes, snapshot))
 
-    def _fetch_newest(self) -> Snapshot | None:
-        return _bring_home(self._client, self._kept.sources(), self._run_id)
+    def _fetch(self, sources: Iterable[StateSource]) -> Snapshot | None:
+        return _bring_home(self._client, sources, self._run_id)
 
-    def _fetch_newest_anyway(self) -> Snapshot | None:
+    def _fetch_anyway(self, sources: Iterable[StateSource]) -> Snapshot | None:
         """Fetch it in spite of a Ctrl-C: the run ends as it is. A second one is obeyed."""
-        interrupted_at: float | None = None
+        interrupted = False
         while True:
             try:
-                return self._fetch_newest()
+                with self._presses.heard():
+                    return self._fetch(sources)
             except KeyboardInterrupt:
-                now = time.monotonic()
-                if interrupted_at is not None and now > interrupted_at + SAME_PRESS_S:
-                    raise
-                interrupted_at = now
+                if self._presses.is_another() and interrupted:
+                    logger.warning("the state that was reached is left behind")
+                    return None
+                interrupted = True
+
+    def _save_here(
+        self, checkpoint: Checkpoint, snapshot: Snapshot, configuration: Mapping[str, Any]
+    ) -> None:
+        """Write a checkpoint from this process, where no rank is left that would.
+
+        Ctrl-C ends the wait for it; what is under way may still be written then.
+        """
+        told: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+
+        def pass_on() -> None:  # callbacks are called in this thread
+            while not told.empty():
+                self._on_event(*told.get())
+
+        checkpointer = Checkpointer(
+            checkpoint,
+            configuration=dict(configuration),
+            on_event=lambda name, details: told.put((name, details)),
+        )
+        checkpointer.save(snapshot)
+        waiting = True
+        while waiting:
+            try:
+                with self._presses.heard():
+                    checkpointer.finish(pass_on)
+                    pass_on()
+                waiting = False
+            except KeyboardInterrupt:
+                if self._presses.is_another():
+                    logger.warning("the checkpoint of step %d was not waited for", snapshot.steps)
+                    waiting = False
+        checkpointer.close()
 
     def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
         return [replace(o, bitwise=o.bitwise and self.bitwise) for o in outcomes]
@@ -135,7 +171,7 @@ def _fetch(client: Client, source: StateSource, run_id: str) -> Snapshot:
 
     def ask(offset: int) -> Any:
         answers = ask_workers(
-            client, state_piece, [address], run_id, source.generation, offset, timeout_s=PIECE_S
+            client, state_piece, [address], run_id, source.position, offset, timeout_s=PIECE_S
         ).result(2 * PIECE_S)
         answer = answers[address]
         if isinstance(answer, Exception):
@@ -160,34 +196,3 @@ def _with_state(outcomes: Sequence[RankOutcome], snapshot: Snapshot) -> list[Ran
         loss=snapshot.last_loss,
     )
     return [leader, *(outcome for outcome in outcomes if outcome.rank > 0)]
-
-
-def _save_here(
-    checkpoint: Checkpoint,
-    snapshot: Snapshot,
-    configuration: Mapping[str, Any],
-    on_event: Callable[[str, dict[str, Any]], None],
-) -> None:
-    """Write a checkpoint from this process, where no rank is left that would.
-
-    Ctrl-C ends the wait for it; what is under way may still be written then.
-    """
-    told: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
-
-    def pass_on() -> None:  # callbacks are called in this thread
-        while not told.empty():
-            on_event(*told.get())
-
-    checkpointer = Checkpointer(
-        checkpoint,
-        configuration=dict(configuration),
-        on_event=lambda name, details: told.put((name, details)),
-    )
-    try:
-        checkpointer.save(snapshot)
-        checkpointer.finish(pass_on)
-        pass_on()
-    except KeyboardInterrupt:
-        logger.warning("the checkpoint of step %d was not waited for", snapshot.steps)
-    finally:
-        checkpointer.close()

@@ -54,7 +54,14 @@ class KeptStates:
                 )
         for address in set(removed) & self._states.keys():
             del self._states[address]
-        self._newest = max(self._states.values(), key=lambda s: s.position, default=None)
+        # Of equal ones the last that was left: an older one may have been asked for in vain.
+        self._newest = max(
+            self._states.values(), key=lambda s: (s.position, s.generation), default=None
+        )
+
+    def states(self) -> list[StateSource]:
+        """Give all that are left, whatever their position."""
+        return list(self._states.values())
 
     def sources(self) -> list[StateSource]:
         """Give those that have the newest state."""

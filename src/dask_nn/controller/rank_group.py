@@ -165,8 +165,8 @@ class RankGroup:
         # Ranks that have ended, but whose worker does not say how.
         self.unheard: set[int] = set()
 
-    def start(self, payload: RankPayload, removed: set[str]) -> None:
-        """Send the payload to the gang's workers and start the rank tasks.
+    def send(self, payload: RankPayload, removed: set[str]) -> Future[Any]:
+        """Send the payload to the gang's workers.
 
         Parameters
         ----------
@@ -184,7 +184,10 @@ class RankGroup:
         """
         # By value for what has no importable name, such as a module defined in a notebook.
         pickled = cloudpickle.dumps(payload, protocol=pickle.HIGHEST_PROTOCOL)
-        sent = self._send(pickled, payload.settings.start_timeout_s, removed)
+        return self._send(pickled, payload.settings.start_timeout_s, removed)
+
+    def start(self, sent: Future[Any]) -> None:
+        """Start the rank tasks with a payload that was sent; does not block."""
         for seat in self.seats:
             future = self._client.submit(
                 run_rank,

@@ -78,7 +78,7 @@ class Seats:
         seating = self._find_free()
         try:
             return None if seating is None or self._leases.claim(seating.addresses) else seating
-        except ClusterError:  # as below
+        except ClusterError:  # for how long it may be silent is for who lists the workers to say
             return None
 
     def more_than(self, ranks: int) -> bool:
@@ -100,7 +100,7 @@ class Seats:
         """Choose among workers that no other run holds; None also where the scheduler is silent."""
         try:
             return self._find(self._leases.taken())
-        except ClusterError:  # for how long that may be is for who lists the workers to say
+        except ClusterError:
             return None
 
     def _find(self, taken: Collection[str] = ()) -> Seating | None:

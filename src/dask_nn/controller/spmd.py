@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
+from dask_nn.controller.presses import Presses
 from dask_nn.controller.rank_group import RankGroup, choose_again
 from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
@@ -42,8 +44,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "run_spmd"]
 
+logger = logging.getLogger("dask_nn")
+
 # A gang grows at most so often: each time costs a fraction of a second.
 RESIZE_EVERY_S = 5.0
+# Blocks that cannot be put back for so long never can.
+RESTORE_S = 60.0
 # So many gangs in a row may be called back before their first step without being a failure.
 MOST_RECALLS = 3
 FORGET_S = 1.0
@@ -112,7 +118,9 @@ def run_spmd(
         If the scheduler is gone, or other trainings keep the workers for too long.
     """
     changed = threading.Event()
+    presses = Presses()
     with (
+        presses.kept(),
         _naming_the_scheduler(client),
         Membership(client, workers, changed, payload.checkpoint) as membership,
     ):
@@ -125,9 +133,12 @@ def run_spmd(
             recovery=recovery,
             restore_blocks=restore_blocks,
             reload=reload,
+            presses=presses,
         )
         with run.at_work():
-            return run.train(seating)
+            end = run.train(seating)
+    # Whoever presses when all is done wants to stop, too, and has the result.
+    return replace(end, interrupted=True) if presses.pending else end
 
 
 @contextlib.contextmanager
@@ -153,7 +164,9 @@ class _Run:
         recovery: Recovery,
         restore_blocks: Callable[[], None],
         reload: Callable[[], Snapshot | None],
+        presses: Presses,
     ) -> None:
+        self._presses = presses
         self._payload = payload
         self._client = client
         self._membership = membership
@@ -189,6 +202,7 @@ class _Run:
             listener=listener,
             wants_resize=self._wants_resize,
             restore_blocks=self._have_all_blocks,
+            presses=presses,
         )
         self._canary = b""
         self._told_start = False
@@ -201,6 +215,7 @@ class _Run:
             configuration=payload.configuration,
             saved=lambda: self._messages.saved[:2],
             on_event=lambda name, details: self._tell(name, **details),
+            presses=presses,
         )
         self._generation = 0
         self._failures = FailureCount()
@@ -235,32 +250,34 @@ class _Run:
     def train(self, seating: Seating) -> SpmdEnd:
         """Run gang after gang."""
         try:
-            seating = self._seats.claim_first(
-                seating,
-                queue_timeout_s=self._payload.settings.queue_timeout_s,
-                on_queued=lambda others: self._tell("queued", workers=sorted(others)),
-            )
-            seating = self._look_again(seating)
-            self._forget_others()
+            with self._presses.heard():
+                seating = self._seats.claim_first(
+                    seating,
+                    queue_timeout_s=self._payload.settings.queue_timeout_s,
+                    on_queued=lambda others: self._tell("queued", workers=sorted(others)),
+                )
+                seating = self._look_again(seating)
+                self._forget_others()
         except KeyboardInterrupt:
             return SpmdEnd(outcomes=[], interrupted=True)
         except WorkerLost as error:
             return SpmdEnd(outcomes=[], lost=error)
         while True:
             end = self._run_gang(seating)
+            self._note_kept(end)
             try:
-                self._note_kept(end)
-                self._messages.deliver()
-                if end.cause is None:
-                    outcomes = self._home.finish(end, self._generation)
-                    if outcomes is not None:
-                        return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
-                    end.break_off("broken", "no rank is left to say how it ended")
-                self._count_recalls(end)
-                self._last_end = end
-                seating = self._next_seating(seating, end)
+                with self._presses.heard():
+                    self._messages.deliver()
+                    if end.cause is None:
+                        outcomes = self._home.finish(end, self._generation)
+                        if outcomes is not None:
+                            return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
+                        end.break_off("broken", "no rank is left to say how it ended")
+                    self._count_recalls(end)
+                    self._last_end = end
+                    seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
-                self._note_kept(end)
+                self._presses.is_another()
                 outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, interrupted=True)
             except WorkerLost as error:
@@ -275,7 +292,8 @@ class _Run:
     def _look_again(self, seating: Seating) -> Seating:
         """Choose anew if workers of the first gang have left, or start no tasks, by now."""
         self._membership.catch_up()
-        if all(self._membership.starts_tasks(address) for address in seating.addresses):
+        known = self._membership.known
+        if all(a in known and self._membership.starts_tasks(a) for a in seating.addresses):
             return seating
         return self._next_seating(seating, GangEnd(cause="resize"))
 
@@ -304,17 +322,18 @@ class _Run:
         self._messages.generation = self._generation
         self._membership.engaged = frozenset(seating.addresses)
         self._ranks = len(seating.workers)
-        try:
-            if self._generation:
-                self._prepare_next_gang()
-        except KeyboardInterrupt:
-            return GangEnd(interrupted=True)
         collective = choose_again(
             seating,
             device=self._payload.spec.device,
             wanted=self._payload.settings.collective,
         )
-        self._tell_of_encryption(seating, collective)
+        try:
+            with self._presses.heard():
+                if self._generation:
+                    self._prepare_next_gang()
+                self._tell_of_encryption(seating, collective)
+        except KeyboardInterrupt:
+            return GangEnd(interrupted=True)
         group = RankGroup(
             self._client,
             run_id=self._run_id,
@@ -332,6 +351,7 @@ class _Run:
             client=self._client,
             membership=self._membership,
             watch=self._watch,
+            presses=self._presses,
         )
         self._membership.engaged = ()
         return end
@@ -353,6 +373,8 @@ class _Run:
                 self._kept.pass_over()
                 self._payload = replace(self._payload, start=start)
                 self._messages.note_start_from(start)
+        if self._kept.newest is not None:  # else it would be sent to all for nothing
+            self._payload = replace(self._payload, start=None)
         epoch, steps, since = self._messages.saved
         saved = LastSave(epoch=epoch, steps=steps, age_s=time.monotonic() - since)
         self._payload = replace(self._payload, last_save=saved)
@@ -361,7 +383,7 @@ class _Run:
         """Read the newest checkpoint, if it is newer than what a worker still has."""
         try:
             found = self._reload()
-        except CheckpointError:
+        except (CheckpointError, OSError):
             if kept is None:
                 raise
             return None
@@ -397,6 +419,7 @@ class _Run:
         self._failures.note(cause, self._started_at if newest is None else newest.position.steps)
         self._tell_of_losses(end)
         told = False
+        restoring_since: float | None = None
         while True:
             self._watch.look_around(at_once=True)
             seating = self._seats.claim()
@@ -415,10 +438,7 @@ class _Run:
                 reason, paused = action.reason, sorted(self._membership.paused)
                 if paused and seating is None:
                     reason += f"; no memory is left to start a task on {', '.join(paused)}"
-                self._tell("gave-up", reason=reason)
-                loss = end.losses[0] if end.losses else None
-                address, rank = ("", -1) if loss is None else (loss.address, loss.rank)
-                raise WorkerLost(address, rank, reason)
+                raise self._given_up(end, reason)
             if action.name != "go_on" or seating is None:
                 if not told:
                     told = True
@@ -427,15 +447,27 @@ class _Run:
                 self._watch.wait()
             elif self._have_all_blocks():
                 return seating
+            else:
+                restoring_since = restoring_since or time.monotonic()
+                if time.monotonic() > restoring_since + RESTORE_S:
+                    raise self._given_up(end, "blocks that were lost cannot be put back")
+                self._watch.wait()
+
+    def _given_up(self, end: GangEnd, reason: str) -> WorkerLost:
+        self._tell("gave-up", reason=reason)
+        loss = end.losses[0] if end.losses else None
+        address, rank = ("", -1) if loss is None else (loss.address, loss.rank)
+        return WorkerLost(address, rank, reason)
 
     def _have_all_blocks(self) -> bool:
-        """Put back blocks that were lost; False if more workers leave meanwhile."""
+        """Put back blocks that were lost; False if workers leave meanwhile, or have no room."""
         self._membership.settle()
         try:
             self._restore_blocks()
-        except (OSError, KeyError):
+        except (OSError, KeyError, ClusterError) as error:
             if self._client.status != "running":
                 raise
+            logger.warning("lost blocks could not be put back yet: %s", error)
             return False
         return True
 

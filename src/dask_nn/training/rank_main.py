@@ -184,7 +184,9 @@ class _Standing:
         if keepsake is not None:
             if env.keep is not None:
                 env.keep(keepsake)
-            if self.checkpointer is not None and env.save_event.is_set():
+            # What it only started from is for the client to save: this rank has no claim yet.
+            begun = self.loop is not None
+            if begun and self.checkpointer is not None and env.save_event.is_set():
                 self.checkpointer.save(keepsake.snapshot)
         if self.checkpointer is None:
             return

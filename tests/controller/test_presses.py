@@ -1,0 +1,76 @@
+"""Ctrl-C is heard in sections, kept elsewhere, and gone afterwards."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from dask_nn.controller import presses as module
+from dask_nn.controller.presses import Presses
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_press_interrupts_a_section_and_is_kept_elsewhere():
+    presses = Presses()
+    with presses.kept():
+        with pytest.raises(KeyboardInterrupt), presses.heard():
+            press()
+        press()
+        press()
+        assert presses.pending
+        with pytest.raises(KeyboardInterrupt), presses.heard():
+            pytest.fail("it should not have begun")
+        assert not presses.pending
+        with presses.heard():
+            pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_press_in_an_inner_section_leaves_the_outer_one_to_end_in_peace():
+    presses = Presses()
+    with presses.kept(), presses.heard():
+        with pytest.raises(KeyboardInterrupt), presses.heard():
+            press()
+        press()
+        assert presses.pending
+
+
+def test_handlers_of_others_stay():
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        with Presses().kept():
+            press()
+        assert heard
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_thread_changes_nothing():
+    def work() -> None:
+        with Presses().kept():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    found: list[object] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
+
+
+def test_a_key_that_is_held_down_is_one_press(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    presses = Presses()
+    assert presses.is_another()
+    for _ in range(40):
+        now += 0.4
+        assert not presses.is_another()
+    now += 0.6
+    assert presses.is_another()
