@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dask_nn.controller import presses as module
+from dask_nn.controller.calling import ending_cleanly
 from dask_nn.controller.presses import Presses
 
 
@@ -39,6 +40,14 @@ def test_a_press_in_an_inner_section_leaves_the_outer_one_to_end_in_peace():
             press()
         press()
         assert presses.pending
+
+
+def test_a_signal_that_does_what_ctrl_c_does_is_kept_too():
+    presses = Presses()
+    with ending_cleanly(), presses.kept():
+        signal.raise_signal(signal.SIGTERM)
+        assert presses.pending
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_handlers_of_others_stay():

@@ -198,13 +198,13 @@ def pause(dask_worker: Any) -> None:
 
 def before_start(monkeypatch: pytest.MonkeyPatch, then: Callable[[RankGroup], Any]) -> None:
     """Let something happen between the choice of a gang and its start."""
-    start = RankGroup.start
+    send = RankGroup.send
 
-    def start_late(group: RankGroup, *arguments: Any) -> None:
+    def send_late(group: RankGroup, *arguments: Any) -> Any:
         then(group)
-        start(group, *arguments)
+        return send(group, *arguments)
 
-    monkeypatch.setattr(RankGroup, "start", start_late)
+    monkeypatch.setattr(RankGroup, "send", send_late)
 
 
 def test_a_paused_worker_gets_no_rank(
@@ -240,6 +240,7 @@ def test_a_worker_that_starts_no_tasks_when_its_gang_forms(
             else:
                 client.run(pause, workers=[address])
 
+    monkeypatch.setattr("dask_nn.controller.gang_watch.BEGIN_S", 1.0)
     before_start(monkeypatch, hinder)
     began = time.monotonic()
     result = job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(max_failures=0))
@@ -254,19 +255,21 @@ def test_gang_after_gang_that_cannot_begin_is_a_failure(job, make_cluster, heard
     client = make_cluster(1, memory_limit=None)
     monkeypatch.setattr("dask_nn.controller.rank_group.TAKE_S", 0.2)
     started = []
-    start = RankGroup.start
+    send = RankGroup.send
 
-    def start_late(group: RankGroup, *arguments: Any) -> None:
+    def send_late(group: RankGroup, *arguments: Any) -> Any:
         started.append(group.generation)
         client.run(pause)
+        deadline = time.monotonic() + PATIENCE_S
         while not all(worker.is_paused for worker in list_workers(client).values()):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         try:
-            start(group, *arguments)
+            return send(group, *arguments)
         finally:
             client.run(think_better_of_it)
 
-    monkeypatch.setattr(RankGroup, "start", start_late)
+    monkeypatch.setattr(RankGroup, "send", send_late)
     with pytest.raises(WorkerLost, match="max_failures=1"):
         job.train(client, callbacks=[heard], recovery=dask_nn.Recovery(max_failures=1))
     assert started == list(range(5))

@@ -49,10 +49,10 @@ def pids(client: Any) -> dict[str, int]:
 def test_a_survivor_that_computes_for_long_keeps_its_state(
     job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
 ):
-    """Its shard takes four times the hang timeout, and looks at nothing meanwhile."""
+    """Its shard takes three times the hang timeout, and looks at nothing meanwhile."""
     client = make_cluster(2)
     written = ledger(client)
-    busy = Fault(point="forward", rank=0, step=30, action="compute", seconds=8.0)
+    busy = Fault(point="forward", rank=0, step=30, action="compute", seconds=6.0)
     install(client, [busy, Fault(point="backward", rank=1, step=30)], tmp_path)
     recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
     result = job.train(client, callbacks=[heard], recovery=recovery)
@@ -64,10 +64,10 @@ def test_a_survivor_that_computes_for_long_keeps_its_state(
 
 
 def test_a_resize_waits_for_the_step_under_way(job, make_scalable, same_bits, heard_with, tmp_path):
-    """A step of 10 s, and a worker that joins in the middle of it: nobody is given up."""
+    """A step of 6 s, and a worker that joins in the middle of it: nobody is given up."""
     client = make_scalable(1)
     strategy = dask_nn.Synchronous(shards=8, threads_per_rank=1)
-    slow = Fault(point="forward", action="sleep", seconds=1.25, every_time=True)
+    slow = Fault(point="forward", action="sleep", seconds=0.75, every_time=True)
     install(client, [slow], tmp_path)
     heard = heard_with(
         first_step=lambda: client.cluster.scale(2), resized=lambda: clear_faults(client)
@@ -206,43 +206,27 @@ def test_ctrl_c_waits_for_a_long_step(job, make_cluster, heard, tmp_path):
     assert heard.named("stopping")
 
 
-def test_a_second_ctrl_c_does_not_wait(job, undisturbed, make_cluster, same_bits, tmp_path):
-    """What the ranks had before the step under way is the result, and is saved."""
-    client = make_cluster(2)
-    long = Fault(point="before exchange", rank=1, step=20, action="compute", seconds=6.0)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
-    install(client, [pause, long], tmp_path)
-
-    class Twice(dask_nn.Callback):
-        stopped = False
-
-        def on_event(self, event: Any) -> None:
-            if event.name == "stopping":
-                raise KeyboardInterrupt
-
-        def on_progress(self, progress: Any) -> None:
-            if progress.step >= 10 and not self.stopped:
-                self.stopped = True
-                raise KeyboardInterrupt
-
-    saved = dask_nn.Checkpoint(tmp_path / "run", every=1000)
-    with pytest.raises(TrainingInterrupted) as caught:
-        job.train(client, checkpoint=saved, callbacks=[Twice()])
-    assert 10 <= caught.value.result.steps < 90
-    same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
-
-
-@pytest.mark.parametrize("how", ["held down", "twice"])
-def test_a_press_in_a_long_step_of_all_ranks_loses_nothing(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path, how
+@pytest.mark.parametrize(
+    ("how", "slow_ranks", "step_s", "wait_s"),
+    [
+        ("held down", [0, 1], 3.2, 8.0),
+        ("twice", [0, 1], 3.2, 8.0),
+        ("twice", [1], 8.0, 7.0),
+    ],
+)
+def test_ctrl_c_in_a_long_step_loses_nothing(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, how, slow_ranks, step_s, wait_s
 ):
-    """A key that is held down is one press; after two, ranks that end late are still heard."""
+    """A key that is held down is one press. After two, a step is not waited for to its end.
+
+    Ranks that come to their end late are still heard.
+    """
     client = make_cluster(2)
     long = [
-        Fault(point="before exchange", rank=rank, step=20, action="compute", seconds=3.2)
-        for rank in range(2)
+        Fault(point="before exchange", rank=rank, step=20, action="compute", seconds=step_s)
+        for rank in slow_ranks
     ]
-    mark, _ = install(client, long, tmp_path)
+    mark = install(client, long, tmp_path)[0]
     over = threading.Event()
 
     def press() -> None:
@@ -262,6 +246,7 @@ def test_a_press_in_a_long_step_of_all_ranks_loses_nothing(
         over.set()
         fingers.join()
     assert isinstance(caught.value, TrainingInterrupted)
+    assert time.time() - float(mark.read_text()) < wait_s
     assert caught.value.result.steps >= 20
     assert heard.named("checkpoint")[-1].details["steps"] == caught.value.result.steps
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
@@ -580,8 +565,8 @@ def test_one_is_killed_and_the_other_one_stopped(
 
 def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path, monkeypatch):
     """It holds its connections, and answers nothing."""
-    monkeypatch.setattr("dask_nn.controller.cluster.LIST_S", 2.0)
-    monkeypatch.setattr("dask_nn.controller.cluster.SILENT_S", 5.0)
+    monkeypatch.setattr("dask_nn.controller.cluster.LIST_S", 1.5)
+    monkeypatch.setattr("dask_nn.controller.cluster.SILENT_S", 3.0)
     scheduler, _, address = dask_processes(2)
 
     class Stop(dask_nn.Callback):
@@ -609,13 +594,16 @@ def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path, monkeyp
 
 def test_a_scheduler_that_dies_while_a_run_waits_for_another(job, dask_processes):
     scheduler, _, address = dask_processes(1)
+    killed_at = []
 
     class Kill(dask_nn.Callback):
         def on_event(self, event: Any) -> None:
             if event.name == "queued":
+                killed_at.append(time.monotonic())
                 scheduler.kill()
 
     with Client(address, set_as_default=False) as client:
         Leases(client, "another run").claim(client.scheduler_info(n_workers=-1)["workers"])
         with pytest.raises(ClusterError, match="scheduler"):
             job.train(client, callbacks=[Kill()])
+        assert time.monotonic() - killed_at[0] < 15  # and not Dask's thirty

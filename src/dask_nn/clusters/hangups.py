@@ -7,6 +7,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from dask_nn.interrupts import interrupt
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,14 +31,10 @@ def heard_as_interrupts() -> Iterator[None]:
         numbers = []
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in changed:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
         for number in changed:
-            if signal.getsignal(number) is _interrupt:
+            if signal.getsignal(number) is interrupt:
                 signal.signal(number, signal.SIG_DFL)
-
-
-def _interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(f"Interrupted by {signal.Signals(number).name}.")

@@ -12,10 +12,10 @@ from distributed.client import default_client
 from distributed.worker import thread_state
 
 from dask_nn.errors import ClusterError, ConfigurationError
+from dask_nn.interrupts import interrupt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
 __all__ = ["cluster_of", "ending_cleanly"]
 
@@ -78,13 +78,8 @@ def ending_cleanly() -> Iterator[None]:
     ):
         yield
         return
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt

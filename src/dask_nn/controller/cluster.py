@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import platform
 import time
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller import scheduler_side
@@ -45,6 +46,7 @@ SILENT_S = 30.0
 # A scheduler that takes so long for an answer has had no time for others either.
 BUSY_S = 0.5
 DESCRIBE_S = 60.0
+POLL_S = 0.5
 
 
 def inspect_workers(client: Client) -> list[WorkerFacts]:
@@ -137,14 +139,22 @@ def ask_scheduler(
     """
     question: Any = client._run_on_scheduler(function, *arguments)  # noqa: SLF001
     answer = in_loop(client, question)
+    deadline = time.monotonic() + timeout_s
     try:
-        return answer.result(timeout_s)
+        # Dask would try to reach a scheduler that is gone for as long as a connection may take.
+        while not wait([answer], min(POLL_S, timeout_s)).done:
+            if client.status != "running":
+                raise scheduler_lost(client)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        return answer.result(0)
     except TimeoutError as error:
-        answer.cancel()
         message = f"the scheduler did not answer within {timeout_s:g} s"
         raise ClusterError(message) from error
     except OSError as error:
         raise scheduler_lost(client) from error
+    finally:
+        answer.cancel()
 
 
 def is_busy(client: Client) -> bool:

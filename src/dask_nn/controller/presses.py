@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dask_nn.interrupts import interrupt
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -20,11 +22,12 @@ SAME_PRESS_S = 0.5
 
 
 class Presses:
-    """Turns SIGINT into KeyboardInterrupt in some sections of the main thread only.
+    """Lets signals raise KeyboardInterrupt in some sections of the main thread only.
 
     Elsewhere a press is kept for the next such section, so that no result is lost on its way.
-    Where Python's own handler is not in place, or outside the main thread, nothing is changed:
-    there only callbacks raise KeyboardInterrupt.
+    This is about SIGINT, and other signals that do the same by then. Where they have other
+    handlers, or outside the main thread, nothing is changed: there only callbacks raise
+    KeyboardInterrupt.
 
     Attributes
     ----------
@@ -40,15 +43,17 @@ class Presses:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep presses for the length of a block, except in sections where they are heard."""
-        in_main = threading.current_thread() is threading.main_thread()
-        if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._press)
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in _catchable()}
+        changed = {n: h for n, h in before.items() if h in (signal.default_int_handler, interrupt)}
+        for number in changed:
+            signal.signal(number, self._press)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, handler in changed.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -80,3 +85,8 @@ class Presses:
             return
         self._sections = 0  # the exception leaves them, perhaps before they can say so themselves
         raise KeyboardInterrupt
+
+
+def _catchable() -> list[signal.Signals]:
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
