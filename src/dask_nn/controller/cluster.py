@@ -140,15 +140,15 @@ def ask_scheduler(
     question: Any = client._run_on_scheduler(function, *arguments)  # noqa: SLF001
     answer = in_loop(client, question)
     deadline = time.monotonic() + timeout_s
+    # Dask would try to reach a scheduler that is gone for as long as a connection may take.
+    while not wait([answer], min(POLL_S, timeout_s)).done:
+        if client.status != "running" or time.monotonic() > deadline:
+            break
     try:
-        # Dask would try to reach a scheduler that is gone for as long as a connection may take.
-        while not wait([answer], min(POLL_S, timeout_s)).done:
-            if client.status != "running":
-                raise scheduler_lost(client)
-            if time.monotonic() > deadline:
-                raise TimeoutError
         return answer.result(0)
     except TimeoutError as error:
+        if client.status != "running":
+            raise scheduler_lost(client) from error
         message = f"the scheduler did not answer within {timeout_s:g} s"
         raise ClusterError(message) from error
     except OSError as error:
