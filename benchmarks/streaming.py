@@ -252,28 +252,36 @@ def plain_predictions(path: Path, part: int) -> float:
 def data_bound(folder: Path, rows: int, rounds: int, console: Console) -> dict[str, Any]:
     """Compare the guide's network on a stream with a plain loop over the same store, in turns.
 
-    Two workers once share batches of 128, and once compute 128 each, as the plain loop does.
+    Two workers once share batches of 128, and once compute 128 each, as the plain loop does. They
+    are also compared with two plain loops at once, which share the machine's memory as they do.
     """
     path = folder / "digits.zarr"
     write_store(path, rows, (784,), 4096)
     plain: list[float] = []
     kinds = {"one": (1, 128), "two": (RANKS, 128 * RANKS), "two_sharing": (RANKS, 128)}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    at_once: list[float] = []
     for _ in range(rounds):
-        plain.append(plain_stream(path))
+        with ProcessPoolExecutor(RANKS, mp_context=multiprocessing.get_context("spawn")) as pool:
+            plain.append(pool.submit(plain_stream, path).result())
+            at_once.append(sum(pool.map(plain_stream, [path] * RANKS)))
         for kind, (workers, batch) in kinds.items():
             with cluster(workers) as client:
                 X, y = opened(path)
                 run = train(client, Guide, X, y, memory="stream", epochs=3, batch_size=batch)
             rates[kind].append(max(record["samples_per_s"] for record in run.history))
         shown = ", ".join(f"{kind} {found[-1]:,.0f}" for kind, found in rates.items())
-        console.print(f"plain loop {plain[-1]:,.0f} samples/s, stream on workers: {shown}")
+        console.print(
+            f"plain loop {plain[-1]:,.0f} samples/s, {RANKS} at once {at_once[-1]:,.0f}; "
+            f"stream on workers: {shown}"
+        )
     shutil.rmtree(path)
     base = statistics.median(plain)
-    found: dict[str, Any] = {"plain_samples_per_s": plain}
+    found: dict[str, Any] = {"plain_samples_per_s": plain, "plain_at_once_samples_per_s": at_once}
     for kind, (workers, _) in kinds.items():
         found[f"{kind}_samples_per_s"] = rates[kind]
         found[f"{kind}_over_plain_per_worker"] = statistics.median(rates[kind]) / base / workers
+    found["two_over_plain_at_once"] = statistics.median(rates["two"]) / statistics.median(at_once)
     return found
 
 

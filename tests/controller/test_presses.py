@@ -17,12 +17,12 @@ def press() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_a_press_interrupts_a_section_and_is_kept_elsewhere():
+def test_a_press_interrupts_a_section_and_is_kept_elsewhere(clock):
     presses = Presses()
     with presses.kept():
         with pytest.raises(KeyboardInterrupt), presses.heard():
             press()
-        press()
+        clock.now += 1.0
         press()
         assert presses.pending
         with pytest.raises(KeyboardInterrupt), presses.heard():
@@ -33,11 +33,12 @@ def test_a_press_interrupts_a_section_and_is_kept_elsewhere():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_press_in_an_inner_section_leaves_the_outer_one_to_end_in_peace():
+def test_a_press_in_an_inner_section_leaves_the_outer_one_to_end_in_peace(clock):
     presses = Presses()
     with presses.kept(), presses.heard():
         with pytest.raises(KeyboardInterrupt), presses.heard():
             press()
+        clock.now += 1.0
         press()
         assert presses.pending
 
@@ -73,13 +74,45 @@ def test_another_thread_changes_nothing():
     assert found == [signal.default_int_handler]
 
 
-def test_a_key_that_is_held_down_is_one_press(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_key_that_is_held_down_is_one_press(clock):
+    """Also across a section where it is not heard, however long that is."""
+    presses = Presses()
+    with presses.kept():
+        with pytest.raises(KeyboardInterrupt), presses.heard():
+            press()
+        assert presses.is_another()
+        for _ in range(40):
+            clock.now += 0.4
+            press()
+        assert not presses.pending
+        clock.now += 0.6
+        press()
+        assert presses.pending
+
+
+def test_a_callback_that_interrupts_again_and_again_is_one_wish(clock):
     presses = Presses()
     assert presses.is_another()
     for _ in range(40):
-        now += 0.4
+        clock.now += 0.4
         assert not presses.is_another()
-    now += 0.6
+    clock.now += 0.6
     assert presses.is_another()
+
+
+def test_who_is_not_heard_for_long_is_obeyed(clock):
+    presses = Presses()
+    with presses.kept():
+        for _ in range(module.MOST_UNHEARD - 1):
+            clock.now += 1.0
+            press()
+        clock.now += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            press()

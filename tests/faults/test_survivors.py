@@ -207,15 +207,26 @@ def test_ctrl_c_waits_for_a_long_step(job, make_cluster, heard, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "slow_ranks", "step_s", "wait_s"),
+    ("how", "slow_ranks", "step_s", "wait_s", "steps"),
     [
-        ("held down", [0, 1], 3.2, 8.0),
-        ("twice", [0, 1], 3.2, 8.0),
-        ("twice", [1], 8.0, 7.0),
+        # Ranks agree to stop in the next step's exchange; what is ended at once has no next step.
+        ("held down", [0, 1], 3.2, 8.0, {22}),
+        ("twice", [0, 1], 3.2, 8.0, {20, 21}),
+        ("twice", [1], 8.0, 7.0, {20, 21}),
     ],
 )
 def test_ctrl_c_in_a_long_step_loses_nothing(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path, how, slow_ranks, step_s, wait_s
+    job,
+    undisturbed,
+    make_cluster,
+    same_bits,
+    heard,
+    tmp_path,
+    how,
+    slow_ranks,
+    step_s,
+    wait_s,
+    steps,
 ):
     """A key that is held down is one press. After two, a step is not waited for to its end.
 
@@ -247,7 +258,7 @@ def test_ctrl_c_in_a_long_step_loses_nothing(
         fingers.join()
     assert isinstance(caught.value, TrainingInterrupted)
     assert time.time() - float(mark.read_text()) < wait_s
-    assert caught.value.result.steps >= 20
+    assert caught.value.result.steps in steps
     assert heard.named("checkpoint")[-1].details["steps"] == caught.value.result.steps
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
 

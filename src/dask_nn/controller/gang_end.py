@@ -57,7 +57,7 @@ class GangEnd:
     interrupted : bool
         Whether Ctrl-C ended it.
     save_ordered : bool
-        Whether its ranks were told to save what they have reached.
+        Whether rank 0, while at work, was told to save what is reached.
     recalled : bool
         Whether it was called back before its first step: that its ranks abort is no failure.
     broken_at : float

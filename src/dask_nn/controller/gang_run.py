@@ -62,9 +62,10 @@ def run_gang(
     finally:
         interrupted = watch.end(group)
         # Also of ranks that were not waited for, and have said by now how they ended.
-        outcomes = group.outcomes()
+        outcomes = group.outcomes() if client.status == "running" else None
         group.release()
-    end.outcomes = outcomes
+    if outcomes is not None:
+        end.outcomes = outcomes
     if interrupted:
         end.interrupted, end.cause = True, None
     return end

@@ -36,6 +36,8 @@ STOP_S = 1.5
 # However the run ended, ranks that still work get so long to notice.
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
+# Blocks for which there is no room are tried again so much later.
+RESTORE_EVERY_S = 5.0
 # A look that comes so late finds silence that is the fault of this process, which slept, or of the
 # scheduler, which did not answer: all signs of life come through it.
 LATE_S = 3.0
@@ -95,6 +97,7 @@ class GangWatch:
         self._inquire_at = 0.0
         self._presses = presses
         self._restored: set[str] = set()
+        self._restore_at = 0.0
         self._left_at: float | None = None
         self._told_of_stopping = False
         self._looked = self._caught_up = time.monotonic()
@@ -137,7 +140,7 @@ class GangWatch:
             self._told_of_stopping = True
             self._tell("stopping", ranks=len(seats))
         order = "finish" if self._left_at is None else "abort"
-        end.save_ordered = True
+        end.save_ordered |= any(seat.rank == 0 for seat in seats)
         self._signal(group, order)  # again and again: one may just be starting
 
     def wait(self) -> None:
@@ -267,8 +270,18 @@ class GangWatch:
         self._recall(group, end)
         members = {seat.address for seat in group.seats}
         gone = self._membership.removed - self._restored - members
-        if gone and not end.is_broken and self._restore_blocks():
-            self._restored |= gone
+        if gone and not end.is_broken and now >= self._restore_at:
+            self._restore(gone)
+
+    def _restore(self, gone: set[str]) -> None:
+        """Put back what was lost with workers; how long that takes is no lateness either."""
+        began = time.monotonic()
+        with self._presses.heard():
+            if self._restore_blocks():
+                self._restored |= gone
+            else:
+                self._restore_at = time.monotonic() + RESTORE_EVERY_S
+        self._looked += time.monotonic() - began
 
     def _may_leave(self, group: RankGroup, end: GangEnd, seat: Seat) -> bool:
         """Tell whether a retired worker's rank stops with the others, as far as one can see."""
@@ -319,8 +332,10 @@ class GangWatch:
             return
         timeout_s = self._recovery.hang_timeout_s
         asked = ask_for_reach(self._client, members, timeout_s)
-        answers = asked.result(4 * timeout_s)
-        if not is_busy(self._client):
+        with self._presses.heard():
+            answers = asked.result(4 * timeout_s)
+            busy = is_busy(self._client)
+        if not busy:
             self._give_up_unreachable(group, end, answers)
 
     def _give_up_unreachable(self, group: RankGroup, end: GangEnd, answers: dict[str, Any]) -> bool:

@@ -81,11 +81,13 @@ class Homecoming:
 
     def finish(self, end: GangEnd, generation: int) -> list[RankOutcome] | None:
         """Give the outcomes of a gang that ends the run, with its state; None if that is lost."""
+        if _has_its_own(end.outcomes):
+            return self._marked(end.outcomes)
         done = {outcome.status for outcome in end.outcomes}
         stopped = any(outcome.rank == 0 and outcome.status == "stopped" for outcome in end.outcomes)
         if end.interrupted and not (stopped and end.save_ordered):
             return self.salvage(end, generation)
-        if done & {"failed", "non_finite"} or any(outcome.state for outcome in end.outcomes):
+        if "failed" in done:
             return self._marked(end.outcomes)
         snapshot = self._fetch(self._kept.sources())
         if snapshot is None:
@@ -96,6 +98,8 @@ class Homecoming:
         """Fetch the newest state there still is where the run does not go on, and save it."""
         if self._client.status != "running":
             return end.outcomes
+        if _has_its_own(end.outcomes):
+            return self._marked(end.outcomes)
         snapshot = self._fetch_anyway(self._kept.states())
         if snapshot is None:
             return end.outcomes
@@ -138,22 +142,30 @@ class Homecoming:
             configuration=dict(configuration),
             on_event=lambda name, details: told.put((name, details)),
         )
-        checkpointer.save(snapshot)
-        waiting = True
-        while waiting:
-            try:
-                with self._presses.heard():
-                    checkpointer.finish(pass_on)
-                    pass_on()
-                waiting = False
-            except KeyboardInterrupt:
-                if self._presses.is_another():
-                    logger.warning("the checkpoint of step %d was not waited for", snapshot.steps)
+        try:
+            checkpointer.save(snapshot)
+            waiting = True
+            while waiting:
+                try:
+                    with self._presses.heard():
+                        checkpointer.finish(pass_on)
+                        pass_on()
                     waiting = False
-        checkpointer.close()
+                except KeyboardInterrupt:
+                    if self._presses.is_another():
+                        steps = snapshot.steps
+                        logger.warning("the checkpoint of step %d was not waited for", steps)
+                        waiting = False
+        finally:
+            checkpointer.close()
 
     def _marked(self, outcomes: Sequence[RankOutcome]) -> list[RankOutcome]:
         return [replace(o, bitwise=o.bitwise and self.bitwise) for o in outcomes]
+
+
+def _has_its_own(outcomes: Iterable[RankOutcome]) -> bool:
+    """Tell whether rank 0 has given the state itself: the last good one, not the newest."""
+    return any(outcome.status == "non_finite" or outcome.state for outcome in outcomes)
 
 
 def _bring_home(client: Client, sources: Iterable[StateSource], run_id: str) -> Snapshot | None:

@@ -47,6 +47,10 @@ PIECE_S = 30.0
 MOST_FORGOTTEN = 1000
 
 
+# The gang that left the state (the same for all pieces), the size of the whole, and the bytes.
+type StatePiece = tuple[int, int, bytes]
+
+
 class Position(NamedTuple):
     """How far a state is: the epoch under way, and the steps completed over the whole run."""
 
@@ -80,11 +84,11 @@ class _Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
     pieces: StatePieces | None = None
 
-    def piece(self, offset: int) -> tuple[int, bytes]:
+    def piece(self, offset: int) -> StatePiece:
         with self.lock:
             if self.pieces is None:
                 self.pieces = StatePieces(self.keepsake.snapshot)
-        return len(self.pieces), self.pieces.piece(offset, PIECE_BYTES)
+        return self.generation, len(self.pieces), self.pieces.piece(offset, PIECE_BYTES)
 
 
 # By worker and run: workers of threads share a process.
@@ -137,7 +141,7 @@ def forget_all_but(address: str, runs: Collection[str]) -> None:
 def serve_states(worker: Worker) -> None:
     """Let peers copy states from a worker; done once for each worker."""
 
-    async def handle(run_id: str, position: Position, offset: int) -> tuple[int, bytes] | None:
+    async def handle(run_id: str, position: Position, offset: int) -> StatePiece | None:
         return await asyncio.to_thread(_piece, worker.address, run_id, position, offset)
 
     worker.handlers.setdefault(OPERATION, handle)
@@ -145,12 +149,12 @@ def serve_states(worker: Worker) -> None:
 
 async def state_piece(
     run_id: str, position: Position, offset: int, dask_worker: Worker
-) -> tuple[int, bytes] | None:
-    """Give a piece of a state that a worker keeps, and the size of the whole; None without one."""
+) -> StatePiece | None:
+    """Give a piece of a state that a worker keeps; None without one."""
     return await asyncio.to_thread(_piece, dask_worker.address, run_id, position, offset)
 
 
-def _piece(address: str, run_id: str, position: Position, offset: int) -> tuple[int, bytes] | None:
+def _piece(address: str, run_id: str, position: Position, offset: int) -> StatePiece | None:
     """Give a piece of the state of this position: which gang reached it makes no difference."""
     if faults.hook is not None:
         faults.hook("serving state", {"run_id": run_id})
@@ -197,33 +201,33 @@ def fetch_state(
     return collect_state(ask_for, source)
 
 
-def collect_state(ask: Callable[[int], tuple[int, bytes] | None], source: StateSource) -> Snapshot:
+def collect_state(ask: Callable[[int], StatePiece | None], source: StateSource) -> Snapshot:
     """Put a state together from its pieces.
 
     Parameters
     ----------
     ask : callable
-        Gives the piece from an offset on, and the size of the whole.
+        Gives the piece from an offset on.
     source : StateSource
         Who is asked.
 
     Raises
     ------
     Aborted
-        If there is no answer, or no state.
+        If there is no answer, no state, or another one meanwhile.
     """
     received = bytearray()
-    total = 1
+    total, left_by = 1, None
     while len(received) < total:
         try:
             answer = ask(len(received))
         except OSError as error:
             message = f"{source.address}, which has the newest state, does not answer: {error!r}"
             raise Aborted(message) from error
-        if answer is None:
+        if answer is None or answer[0] != (answer[0] if left_by is None else left_by):
             message = f"{source.address} does not have the newest state any more"
             raise Aborted(message)
-        total, piece = answer
+        left_by, total, piece = answer
         received += piece
     snapshot: Snapshot = assemble(received)
     return snapshot

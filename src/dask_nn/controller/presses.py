@@ -19,26 +19,29 @@ __all__ = ["Presses"]
 # What interrupts again within this time of the last interrupt is the same wish: a key held down, or
 # a callback that asks to stop whenever it is called.
 SAME_PRESS_S = 0.5
+MOST_UNHEARD = 5
 
 
 class Presses:
     """Lets signals raise KeyboardInterrupt in some sections of the main thread only.
 
-    Elsewhere a press is kept for the next such section, so that no result is lost on its way.
+    Elsewhere a press is kept for the next such section, so that no result is lost on its way; who
+    presses five times without being heard is obeyed at once. A key that is held down is one press.
     This is about SIGINT, and other signals that do the same by then. Where they have other
     handlers, or outside the main thread, nothing is changed: there only callbacks raise
     KeyboardInterrupt.
-
-    Attributes
-    ----------
-    pending : bool
-        Whether there was a press that no section has heard of yet.
     """
 
     def __init__(self) -> None:
-        self.pending = False
+        self._unheard = 0
         self._sections = 0
-        self._last = -math.inf
+        self._is_pressed = False
+        self._pressed_at = self._interrupted_at = -math.inf
+
+    @property
+    def pending(self) -> bool:
+        """Whether there was a press that no section has heard of yet."""
+        return self._unheard > 0
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -47,13 +50,13 @@ class Presses:
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in _catchable()}
         changed = {n: h for n, h in before.items() if h in (signal.default_int_handler, interrupt)}
-        for number in changed:
-            signal.signal(number, self._press)
         try:
+            for number in changed:
+                signal.signal(number, self._press)
             yield
         finally:
-            for number, handler in changed.items():
-                signal.signal(number, handler)
+            for number in reversed(changed):  # SIGINT last: until then presses are kept
+                signal.signal(number, changed[number])
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -67,23 +70,36 @@ class Presses:
         self._sections += 1
         try:
             if self.pending:
-                self.pending = False
-                raise KeyboardInterrupt
+                self._interrupt()
             yield
         finally:
             self._sections = max(0, self._sections - 1)
 
     def is_another(self) -> bool:
-        """Tell whether an interrupt that has just come is another press than the one before."""
+        """Tell whether an interrupt that was just caught is another wish than the one before.
+
+        Presses are; callbacks may raise KeyboardInterrupt whenever they are called.
+        """
+        if self._is_pressed:
+            self._is_pressed = False
+            return True
         now = time.monotonic()
-        before, self._last = self._last, now
+        before, self._interrupted_at = self._interrupted_at, now
         return now > before + SAME_PRESS_S
 
     def _press(self, *_: Any) -> None:
-        if not self._sections:
-            self.pending = True
+        now = time.monotonic()
+        before, self._pressed_at = self._pressed_at, now
+        if now <= before + SAME_PRESS_S:
             return
+        self._unheard += 1
+        if self._sections or self._unheard >= MOST_UNHEARD:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        self._unheard = 0
         self._sections = 0  # the exception leaves them, perhaps before they can say so themselves
+        self._is_pressed = True
         raise KeyboardInterrupt
 
 

@@ -175,10 +175,17 @@ class RankGroup:
         removed : set of str
             Workers that are gone; looked at again and again.
 
+        Returns
+        -------
+        Future
+            For `start`.
+
         Raises
         ------
         Unanswered
             If they do not take it within the deadline.
+        NobodyTakes
+            If they have no memory for it, or are about to leave.
         Exception
             Whatever Dask raises if a worker has left the cluster meanwhile.
         """
@@ -187,7 +194,13 @@ class RankGroup:
         return self._send(pickled, payload.settings.start_timeout_s, removed)
 
     def start(self, sent: Future[Any]) -> None:
-        """Start the rank tasks with a payload that was sent; does not block."""
+        """Start the rank tasks; does not block.
+
+        Parameters
+        ----------
+        sent : Future
+            What `send` has given.
+        """
         for seat in self.seats:
             future = self._client.submit(
                 run_rank,

@@ -12,6 +12,7 @@ import torch
 
 from dask_nn.controller.graph import run_graph
 from dask_nn.controller.listening import Listener
+from dask_nn.controller.presses import Presses
 from dask_nn.controller.rank_group import choose_collective
 from dask_nn.controller.resume import (
     SavedRun,
@@ -34,7 +35,7 @@ from dask_nn.training.in_process import run_in_process
 from dask_nn.training.result import TrainingResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from distributed import Client
 
@@ -142,7 +143,7 @@ def execute(
         _tell_of_resumption(saved, story)
     elif resume and checkpoint is not None:
         story.on_named_event("no-checkpoint", {"path": str(checkpoint.url)})
-    lost: WorkerLost | None = None
+    presses = Presses()
     if client is None or seating is None:
         outcome, interrupted = run_in_process(
             spec,
@@ -177,22 +178,38 @@ def execute(
                 restore_blocks=partial(_restore, prepared, client),
             )
         else:
-            end = run_spmd(
-                payload,
-                client=client,
-                workers=prepared.workers,
-                seating=seating,
-                listener=story.listener,
-                recovery=recovery,
-                restore_blocks=partial(_restore, prepared, client),
-                reload=partial(_reload, checkpoint, configuration, story),
-            )
-            outcomes, interrupted, lost = end.outcomes, end.interrupted, end.lost
+            with presses.kept():
+                end = run_spmd(
+                    payload,
+                    client=client,
+                    workers=prepared.workers,
+                    seating=seating,
+                    listener=story.listener,
+                    recovery=recovery,
+                    restore_blocks=partial(_restore, prepared, client),
+                    reload=partial(_reload, checkpoint, configuration, story),
+                    presses=presses,
+                )
+                conclude = partial(_conclude, end.outcomes, end.interrupted, lost=end.lost)
+                return _with_events(conclude, story, prepared, presses)
+    return _with_events(partial(_conclude, outcomes, interrupted), story, prepared, presses)
+
+
+def _with_events(
+    conclude: Callable[[_Story, PreparedRun], TrainingResult],
+    story: _Story,
+    prepared: PreparedRun,
+    presses: Presses,
+) -> TrainingResult:
+    """Let errors say what happened; who pressed Ctrl-C meanwhile hears of it with the result."""
     try:
-        return _conclude(outcomes, interrupted, story, prepared, lost=lost)
+        result = conclude(story, prepared)
+        if presses.pending:
+            raise TrainingInterrupted(result)
     except TrainingError as error:
         error.events = story.events
         raise
+    return result
 
 
 class _Story:

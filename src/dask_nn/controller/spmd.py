@@ -22,7 +22,6 @@ from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
 from dask_nn.controller.membership import Membership
-from dask_nn.controller.presses import Presses
 from dask_nn.controller.rank_group import RankGroup, choose_again
 from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from dask_nn.controller.keeping import StateSource
     from dask_nn.controller.placement import Seating, WorkerFacts
+    from dask_nn.controller.presses import Presses
     from dask_nn.controller.worker_side import RankPayload
     from dask_nn.training.outcome import RankOutcome
     from dask_nn.training.snapshot import Snapshot
@@ -85,6 +85,7 @@ def run_spmd(
     recovery: Recovery,
     restore_blocks: Callable[[], None],
     reload: Callable[[], Snapshot | None],
+    presses: Presses,
 ) -> SpmdEnd:
     """Train, with as many gangs as it takes.
 
@@ -106,6 +107,8 @@ def run_spmd(
         Puts blocks that only the client can make again back on the cluster.
     reload : callable
         Gives the newest checkpoint's state where all ranks were lost; None for the beginning.
+    presses : Presses
+        Of Ctrl-C; those that come when all is done stay pending.
 
     Returns
     -------
@@ -118,9 +121,7 @@ def run_spmd(
         If the scheduler is gone, or other trainings keep the workers for too long.
     """
     changed = threading.Event()
-    presses = Presses()
     with (
-        presses.kept(),
         _naming_the_scheduler(client),
         Membership(client, workers, changed, payload.checkpoint) as membership,
     ):
@@ -136,9 +137,7 @@ def run_spmd(
             presses=presses,
         )
         with run.at_work():
-            end = run.train(seating)
-    # Whoever presses when all is done wants to stop, too, and has the result.
-    return replace(end, interrupted=True) if presses.pending else end
+            return run.train(seating)
 
 
 @contextlib.contextmanager
@@ -278,6 +277,8 @@ class _Run:
                     seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
                 self._presses.is_another()
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._messages.deliver()
                 outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, interrupted=True)
             except WorkerLost as error:
@@ -440,6 +441,7 @@ class _Run:
                     reason += f"; no memory is left to start a task on {', '.join(paused)}"
                 raise self._given_up(end, reason)
             if action.name != "go_on" or seating is None:
+                restoring_since = None
                 if not told:
                     told = True
                     able = 0 if seating is None else len(seating.workers)

@@ -101,7 +101,7 @@ def resolve(
         that is no metric.
     """
     resolved: dict[str, Metric] = {}
-    if isinstance(metrics, (Sequence, Mapping)) and not metrics:
+    if isinstance(metrics, (Sequence, Mapping)) and not isinstance(metrics, str) and not metrics:
         return resolved
     from dask_nn.metrics.states import check_mergeable
 
