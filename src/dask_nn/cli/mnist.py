@@ -178,6 +178,7 @@ def _make_folders(places: _Places) -> None:
 
 
 def _run(job: Job, places: _Places, console: Console, *, with_sequential: bool) -> Comparison:
+    import dask_nn.metrics.states  # noqa: F401 - torchmetrics takes its time, which is not train's
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.controller.resume import open_checkpoints
     from dask_nn.errors import ConfigurationError, NonFiniteLoss
