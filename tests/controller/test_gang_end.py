@@ -33,6 +33,14 @@ def test_a_loss_that_is_heard_of_later_is_why_the_gang_broke():
     assert end.cause == "lost"
 
 
+@pytest.mark.parametrize(("interrupted", "cause"), [(False, "refused"), (True, None)])
+def test_a_gang_that_is_refused_after_ctrl_c_ends_the_run(interrupted, cause):
+    end = GangEnd(interrupted=interrupted)
+    end.outcomes = [outcome("failed", exception=IncompatibleWorkers("other bits"))]
+    end.judge(1)
+    assert end.cause == cause
+
+
 def test_a_gang_that_breaks_while_it_is_asked_to_stop_is_broken():
     end = GangEnd()
     end.break_off("resize")

@@ -9,6 +9,7 @@ import torch
 
 from dask_nn.controller import keeping
 from dask_nn.controller.state_pieces import StatePieces, assemble
+from dask_nn.errors import Aborted
 from dask_nn.training.snapshot import Keepsake, Snapshot
 
 
@@ -89,6 +90,14 @@ def test_runs_of_clients_that_are_gone_are_dropped_on_one_worker():
     assert keeping.kept("b", "dead") is not None
     for run_id in ("dead", "alive"):
         keeping.forget(run_id)
+
+
+def test_pieces_of_two_states_make_none():
+    """A rank may leave another one, of the same position, while its worker serves the first."""
+    source = keeping.StateSource(address="a", generation=1, position=keeping.Position(0, 0))
+    answers = iter([(1, 10, b"12345"), (2, 10, b"67890")])
+    with pytest.raises(Aborted, match="any more"):
+        keeping.collect_state(lambda _: next(answers), source)
 
 
 def test_one_run_is_served_while_another_is_made_ready():

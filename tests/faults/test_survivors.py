@@ -244,7 +244,7 @@ def test_ctrl_c_in_a_long_step_loses_nothing(
         wait_for(mark)
         for _ in range(40 if how == "held down" else 2):
             os.kill(os.getpid(), signal.SIGINT)
-            if over.wait(1 / 30 if how == "held down" else 0.7):
+            if over.wait(1 / 30 if how == "held down" else 1.0):
                 return
 
     fingers = threading.Thread(target=press)
@@ -261,6 +261,37 @@ def test_ctrl_c_in_a_long_step_loses_nothing(
     assert caught.value.result.steps in steps
     assert heard.named("checkpoint")[-1].details["steps"] == caught.value.result.steps
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
+def test_ctrl_c_while_lost_blocks_are_put_back(
+    job, make_cluster, heard_with, tmp_path, monkeypatch
+):
+    """That may take long: it is broken off, and the ranks stop."""
+    client = make_cluster(3)
+    pretend_cores(client, 2)
+    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    install(client, [pause], tmp_path)
+    processes = pids(client)
+    restore = run._restore
+    pressed_at = []
+
+    def take_long(*arguments: Any) -> Any:
+        if not pressed_at:
+            pressed_at.append(time.monotonic())
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            time.sleep(60)
+        return restore(*arguments)
+
+    def kill_the_third() -> None:
+        busy = client.run(has_a_rank)
+        (idle,) = [address for address in busy if not busy[address]]
+        os.kill(processes[idle], signal.SIGKILL)
+
+    monkeypatch.setattr(run, "_restore", take_long)
+    with pytest.raises(TrainingInterrupted) as caught:
+        job.train(client, callbacks=[heard_with(first_step=kill_the_third)])
+    assert time.monotonic() - pressed_at[0] < 10
+    assert caught.value.result.steps > 0
 
 
 def test_ctrl_c_when_all_is_done_keeps_the_result(

@@ -122,6 +122,8 @@ class GangEnd:
                 Loss(address=address, rank=-1, cause="refused", reason=self.reason)
                 for address in getattr(error, "addresses", ())
             )
+            if self.interrupted:
+                self.cause = None
             return
         done = {outcome.status for outcome in self.outcomes}
         # An exception of the user's code would come again; so would a loss that is not finite.

@@ -36,8 +36,8 @@ STOP_S = 1.5
 # However the run ended, ranks that still work get so long to notice.
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
-# Blocks for which there is no room are tried again so much later.
-RESTORE_EVERY_S = 5.0
+# So often: it may take long, and meanwhile nobody is found to hang.
+RESTORE_EVERY_S = 15.0
 # A look that comes so late finds silence that is the fault of this process, which slept, or of the
 # scheduler, which did not answer: all signs of life come through it.
 LATE_S = 3.0
@@ -140,7 +140,7 @@ class GangWatch:
             self._told_of_stopping = True
             self._tell("stopping", ranks=len(seats))
         order = "finish" if self._left_at is None else "abort"
-        end.save_ordered |= any(seat.rank == 0 for seat in seats)
+        end.save_ordered |= order == "finish" and any(seat.rank == 0 for seat in seats)
         self._signal(group, order)  # again and again: one may just be starting
 
     def wait(self) -> None:
@@ -226,6 +226,7 @@ class GangWatch:
         if self._messages.save_wanted and not end.interrupted:
             self._messages.save_wanted = False
             self._signal(group, "save")
+        self._put_back(group, end)
         return False
 
     def _signal(self, group: RankGroup, order: str) -> None:
@@ -268,20 +269,21 @@ class GangWatch:
         if end.has_failed:
             end.break_off("broken")
         self._recall(group, end)
+
+    def _put_back(self, group: RankGroup, end: GangEnd) -> None:
+        """Put blocks back that were lost with workers outside the gang, which may need them.
+
+        Also after Ctrl-C: without them no rank may come to its step boundary.
+        """
         members = {seat.address for seat in group.seats}
         gone = self._membership.removed - self._restored - members
-        if gone and not end.is_broken and now >= self._restore_at:
-            self._restore(gone)
-
-    def _restore(self, gone: set[str]) -> None:
-        """Put back what was lost with workers; how long that takes is no lateness either."""
-        began = time.monotonic()
+        wanted = gone and not (end.is_broken or end.recalled) and self._left_at is None
+        if not wanted or time.monotonic() < self._restore_at:
+            return
         with self._presses.heard():
             if self._restore_blocks():
                 self._restored |= gone
-            else:
-                self._restore_at = time.monotonic() + RESTORE_EVERY_S
-        self._looked += time.monotonic() - began
+        self._restore_at = time.monotonic() + RESTORE_EVERY_S
 
     def _may_leave(self, group: RankGroup, end: GangEnd, seat: Seat) -> bool:
         """Tell whether a retired worker's rank stops with the others, as far as one can see."""

@@ -87,7 +87,7 @@ class Homecoming:
         stopped = any(outcome.rank == 0 and outcome.status == "stopped" for outcome in end.outcomes)
         if end.interrupted and not (stopped and end.save_ordered):
             return self.salvage(end, generation)
-        if "failed" in done:
+        if "failed" in done and not end.interrupted:
             return self._marked(end.outcomes)
         snapshot = self._fetch(self._kept.sources())
         if snapshot is None:
@@ -165,7 +165,7 @@ class Homecoming:
 
 def _has_its_own(outcomes: Iterable[RankOutcome]) -> bool:
     """Tell whether rank 0 has given the state itself: the last good one, not the newest."""
-    return any(outcome.status == "non_finite" or outcome.state for outcome in outcomes)
+    return any(outcome.rank == 0 and outcome.state for outcome in outcomes)
 
 
 def _bring_home(client: Client, sources: Iterable[StateSource], run_id: str) -> Snapshot | None:

@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Presses"]
 
-# What interrupts again within this time of the last interrupt is the same wish: a key held down, or
-# a callback that asks to stop whenever it is called.
-SAME_PRESS_S = 0.5
-MOST_UNHEARD = 5
+# What interrupts again within this time is the same wish: a key held down, which begins to repeat
+# after up to two thirds of a second, or a callback that asks to stop whenever it is called.
+SAME_PRESS_S = 0.8
+UNHEARD_S = 5.0
 
 
 class Presses:
     """Lets signals raise KeyboardInterrupt in some sections of the main thread only.
 
     Elsewhere a press is kept for the next such section, so that no result is lost on its way; who
-    presses five times without being heard is obeyed at once. A key that is held down is one press.
+    presses on for five seconds without being heard is obeyed at once. A key that is held down is
+    one press.
     This is about SIGINT, and other signals that do the same by then. Where they have other
     handlers, or outside the main thread, nothing is changed: there only callbacks raise
     KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
-        self._unheard = 0
+        self._unheard_since: float | None = None
         self._sections = 0
         self._is_pressed = False
         self._pressed_at = self._interrupted_at = -math.inf
@@ -41,7 +42,7 @@ class Presses:
     @property
     def pending(self) -> bool:
         """Whether there was a press that no section has heard of yet."""
-        return self._unheard > 0
+        return self._unheard_since is not None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -90,14 +91,17 @@ class Presses:
     def _press(self, *_: Any) -> None:
         now = time.monotonic()
         before, self._pressed_at = self._pressed_at, now
+        if self._unheard_since is not None and now > self._unheard_since + UNHEARD_S:
+            self._interrupt()
         if now <= before + SAME_PRESS_S:
             return
-        self._unheard += 1
-        if self._sections or self._unheard >= MOST_UNHEARD:
+        if self._sections:
             self._interrupt()
+        if self._unheard_since is None:
+            self._unheard_since = now
 
     def _interrupt(self) -> None:
-        self._unheard = 0
+        self._unheard_since = None
         self._sections = 0  # the exception leaves them, perhaps before they can say so themselves
         self._is_pressed = True
         raise KeyboardInterrupt

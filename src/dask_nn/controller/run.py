@@ -204,11 +204,13 @@ def _with_events(
     """Let errors say what happened; who pressed Ctrl-C meanwhile hears of it with the result."""
     try:
         result = conclude(story, prepared)
-        if presses.pending:
-            raise TrainingInterrupted(result)
     except TrainingError as error:
         error.events = story.events
+        if presses.pending:
+            raise TrainingInterrupted(getattr(error, "result", None)) from error
         raise
+    if presses.pending:
+        raise TrainingInterrupted(result)
     return result
 
 
@@ -292,6 +294,17 @@ def _tell_of_resumption(saved: SavedRun, story: _Story) -> None:
         story.on_named_event("other-torch", {"saved": saved.torch, "now": now})
 
 
+def _tell_the_rest(story: _Story, result: TrainingResult, *, over: bool) -> None:
+    """Tell callbacks of what they have not heard yet, and of the end."""
+    try:
+        for record in result.history[story.num_epochs :]:
+            story.on_epoch(record)
+        if over:
+            story.on_end(result)
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(result) from None
+
+
 def _conclude(
     outcomes: Sequence[RankOutcome],
     interrupted: bool,
@@ -322,8 +335,6 @@ def _conclude(
             "?" if ended is None else ended.address,
             "" if ended is None else ended.traceback,
         )
-    for record in leader.history[story.num_epochs :]:
-        story.on_epoch(record)
     model = copy.deepcopy(prepared.spec.model).cpu()
     model.load_state_dict(leader.state)
     result = TrainingResult(
@@ -336,9 +347,9 @@ def _conclude(
         optimizer_state=leader.optimizer_state,
         events=story.events,
     )
+    _tell_the_rest(story, result, over=lost is None)
     if lost is not None:
         raise WorkerLost(lost.address, lost.rank, lost.reason, result)
-    story.on_end(result)
     if leader.status == "non_finite":
         raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
     if leader.status == "stopped" or interrupted:

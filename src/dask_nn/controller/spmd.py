@@ -277,14 +277,22 @@ class _Run:
                     seating = self._next_seating(seating, end)
             except KeyboardInterrupt:
                 self._presses.is_another()
-                with contextlib.suppress(KeyboardInterrupt):
-                    self._messages.deliver()
+                self._deliver_anyway()
                 outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, interrupted=True)
             except WorkerLost as error:
                 outcomes = self._home.salvage(end, self._generation)
                 return SpmdEnd(outcomes=outcomes, lost=error)
             self._generation += 1
+
+    def _deliver_anyway(self) -> None:
+        """Pass on all that the ranks have said, also to callbacks that interrupt each time."""
+        while True:
+            try:
+                self._messages.deliver()
+            except KeyboardInterrupt:  # that message was passed on
+                continue
+            return
 
     def _note_kept(self, end: GangEnd) -> None:
         removed = self._membership.removed
