@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dask_nn.interrupts import interrupt
+from dask_nn.interrupts import handling, interrupt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,15 +25,5 @@ def heard_as_interrupts() -> Iterator[None]:
     Where they are ignored (``nohup``) or have a handler, and outside of the main thread, they stay
     as they are.
     """
-    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in changed:
-        signal.signal(number, interrupt)
-    try:
+    with handling(interrupt, *NAMES, instead_of=[signal.SIG_DFL]):
         yield
-    finally:
-        for number in changed:
-            if signal.getsignal(number) is interrupt:
-                signal.signal(number, signal.SIG_DFL)

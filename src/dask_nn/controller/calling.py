@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from typing import TYPE_CHECKING
 
 from distributed import Client, worker_client
@@ -12,7 +11,7 @@ from distributed.client import default_client
 from distributed.worker import thread_state
 
 from dask_nn.errors import ClusterError, ConfigurationError
-from dask_nn.interrupts import interrupt
+from dask_nn.interrupts import handling, interrupt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,14 +71,5 @@ def ending_cleanly() -> Iterator[None]:
     Only where the signal would end the process anyway, and only in the main thread, which alone
     may decide about signals.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
+    with handling(interrupt, "SIGTERM", instead_of=[signal.SIG_DFL]):
         yield
-        return
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

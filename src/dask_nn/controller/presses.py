@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.interrupts import interrupt
+from dask_nn.interrupts import handling, interrupt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,17 +46,10 @@ class Presses:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep presses for the length of a block, except in sections where they are heard."""
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in _catchable()}
-        changed = {n: h for n, h in before.items() if h in (signal.default_int_handler, interrupt)}
-        try:
-            for number in changed:
-                signal.signal(number, self._press)
+        replaced = (signal.default_int_handler, interrupt)
+        # SIGINT gets its handler back last: until then presses are kept.
+        with handling(self._press, "SIGINT", "SIGTERM", "SIGHUP", instead_of=replaced):
             yield
-        finally:
-            for number in reversed(changed):  # SIGINT last: until then presses are kept
-                signal.signal(number, changed[number])
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -105,8 +97,3 @@ class Presses:
         self._sections = 0  # the exception leaves them, perhaps before they can say so themselves
         self._is_pressed = True
         raise KeyboardInterrupt
-
-
-def _catchable() -> list[signal.Signals]:
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
