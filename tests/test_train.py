@@ -228,6 +228,20 @@ def test_ctrl_c_gives_what_is_trained_so_far(where, blobs):
     assert result.weights_sha256 != weights_sha256(network().state_dict())
 
 
+def test_callbacks_that_always_interrupt_lose_no_result(where, blobs):
+    class Interrupting(Callback):
+        def on_progress(self, progress):
+            raise KeyboardInterrupt
+
+        on_epoch_end = on_event = on_train_end = on_progress
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        dask_nn.train(
+            network(), *blobs, epochs=10_000, callbacks=[Interrupting()], **options(), **where
+        )
+    assert caught.value.result.steps >= 1
+
+
 def test_a_class_or_function_may_make_the_model_from_the_seed(blobs):
     def make() -> nn.Module:
         return nn.Linear(20, 4)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from dask_nn.controller.gang_watch import GangWatch
     from dask_nn.controller.membership import Membership
-    from dask_nn.controller.presses import Presses
     from dask_nn.controller.rank_group import RankGroup
     from dask_nn.controller.worker_side import RankPayload
+    from dask_nn.presses import Presses
 
 __all__ = ["run_gang"]
 

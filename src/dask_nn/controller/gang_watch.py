@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from dask_nn.controller.failure_policy import Cause, Recovery
     from dask_nn.controller.heartbeats import Heartbeats
     from dask_nn.controller.listening import Listener, RankMessages
+    from dask_nn.controller.lost_blocks import LostBlocks
     from dask_nn.controller.membership import Membership
-    from dask_nn.controller.presses import Presses
     from dask_nn.controller.rank_group import RankGroup
     from dask_nn.controller.worker_side import Seat
+    from dask_nn.presses import Presses
 
 __all__ = ["GangWatch"]
 
@@ -36,8 +37,11 @@ STOP_S = 1.5
 # However the run ended, ranks that still work get so long to notice.
 END_S = 2.0
 CATCH_UP_EVERY_S = 1.0
-# So often: it may take long, and meanwhile nobody is found to hang.
+# Blocks that could not be put back are tried again after so long: each time it may take long, and
+# meanwhile nobody is found to hang.
 RESTORE_EVERY_S = 15.0
+# After a Ctrl-C ranks that need none of them may end first.
+RESTORE_AGAIN_S = 3.0
 # A look that comes so late finds silence that is the fault of this process, which slept, or of the
 # scheduler, which did not answer: all signs of life come through it.
 LATE_S = 3.0
@@ -64,8 +68,8 @@ class GangWatch:
         Told of workers that take no part.
     wants_resize : callable
         Tells whether a gang should make room for another one, of other workers.
-    restore_blocks : callable
-        Puts blocks that only the client can make again back on the cluster; tells whether it could.
+    blocks : LostBlocks
+        Put back while the ranks are at work.
     presses : Presses
         Of Ctrl-C.
     """
@@ -81,7 +85,7 @@ class GangWatch:
         changed: threading.Event,
         listener: Listener,
         wants_resize: Callable[[RankGroup], bool],
-        restore_blocks: Callable[[], bool],
+        blocks: LostBlocks,
         presses: Presses,
     ) -> None:
         self._client = client
@@ -92,11 +96,10 @@ class GangWatch:
         self._changed = changed
         self._listener = listener
         self._wants_resize = wants_resize
-        self._restore_blocks = restore_blocks
+        self._blocks = blocks
         self._inquiry: Future[dict[str, Any]] | None = None
         self._inquire_at = 0.0
         self._presses = presses
-        self._restored: set[str] = set()
         self._restore_at = 0.0
         self._left_at: float | None = None
         self._told_of_stopping = False
@@ -106,7 +109,6 @@ class GangWatch:
         """Watch a gang until all its ranks have ended, or those that did not are given up."""
         end = GangEnd()
         self._inquiry, self._left_at, self._told_of_stopping = None, None, False
-        self._restored = set(self._membership.removed)
         while True:
             try:
                 with self._presses.heard():
@@ -276,14 +278,17 @@ class GangWatch:
         Also after Ctrl-C: without them no rank may come to its step boundary.
         """
         members = {seat.address for seat in group.seats}
-        gone = self._membership.removed - self._restored - members
+        gone = self._blocks.lost_with() - members
         wanted = gone and not (end.is_broken or end.recalled) and self._left_at is None
         if not wanted or time.monotonic() < self._restore_at:
             return
-        with self._presses.heard():
-            if self._restore_blocks():
-                self._restored |= gone
-        self._restore_at = time.monotonic() + RESTORE_EVERY_S
+        again_s = RESTORE_AGAIN_S
+        try:
+            with self._presses.heard():
+                if not self._blocks.put_back():
+                    again_s = max(RESTORE_EVERY_S, 1.5 * self._recovery.hang_timeout_s)
+        finally:
+            self._restore_at = time.monotonic() + again_s
 
     def _may_leave(self, group: RankGroup, end: GangEnd, seat: Seat) -> bool:
         """Tell whether a retired worker's rank stops with the others, as far as one can see."""

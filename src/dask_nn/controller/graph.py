@@ -38,7 +38,7 @@ from dask_nn.errors import RankFailed
 from dask_nn.events import Event, Progress
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.training.checkpointing import Checkpointer
-from dask_nn.training.outcome import RankOutcome
+from dask_nn.training.outcome import RankOutcome, RunEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def run_graph(
     listener: Listener,
     recovery: Recovery,
     restore_blocks: Callable[[], None],
-) -> tuple[list[RankOutcome], bool]:
+) -> RunEnd:
     """Train by tasks.
 
     Parameters
@@ -92,10 +92,8 @@ def run_graph(
 
     Returns
     -------
-    list of RankOutcome
-        One, with the trained state.
-    bool
-        Whether Ctrl-C ended the run.
+    RunEnd
+        With one outcome, which has the trained state.
 
     Raises
     ------
@@ -112,14 +110,15 @@ def run_graph(
         recovery=recovery,
         restore_blocks=restore_blocks,
     )
+    outcomes: list[RankOutcome] = []
     try:
         with run.at_work():
-            return [run.train()], run.interrupted
+            outcomes.append(run.train())
     except RankFailed as error:
         # A future refers to its error, and the error to the frames that hold the run's futures.
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
-        outcome = RankOutcome(
+        failed = RankOutcome(
             rank=error.rank,
             address=error.address,
             status="failed",
@@ -127,9 +126,10 @@ def run_graph(
             error=error.message,
             traceback=error.traceback,
         )
-        return [outcome], run.interrupted
+        return RunEnd(outcomes=[failed], interrupted=run.interrupted)
     except KeyboardInterrupt:
-        return [], True
+        return RunEnd(outcomes=outcomes, interrupted=True)
+    return RunEnd(outcomes=outcomes, interrupted=run.interrupted)
 
 
 class _GraphRun:
@@ -329,9 +329,10 @@ class _GraphRun:
         if self._checkpointer is not None:
             if self._cut_short:
                 self._checkpointer.save(self.snapshot())
-            self._checkpointer.finish(self._pass_on)
-            self._checkpointer.close()
-        self._pass_on()
+            try:
+                self._checkpointer.finish(self._pass_on)
+            finally:
+                self._checkpointer.close()
         with contextlib.suppress(Exception):  # what ended the run says more
             if self._client.status == "running":
                 self._leases.release()

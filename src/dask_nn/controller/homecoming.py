@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.controller.gang_end import GangEnd
     from dask_nn.controller.kept_states import KeptStates
-    from dask_nn.controller.presses import Presses
+    from dask_nn.presses import Presses
     from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["Homecoming"]

@@ -12,7 +12,6 @@ import torch
 
 from dask_nn.controller.graph import run_graph
 from dask_nn.controller.listening import Listener
-from dask_nn.controller.presses import Presses
 from dask_nn.controller.rank_group import choose_collective
 from dask_nn.controller.resume import (
     SavedRun,
@@ -31,6 +30,7 @@ from dask_nn.errors import (
     WorkerLost,
 )
 from dask_nn.events import Event, Progress, RunInfo
+from dask_nn.presses import Presses
 from dask_nn.training.in_process import run_in_process
 from dask_nn.training.result import TrainingResult
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.options import Engine
     from dask_nn.controller.preparation import PreparedRun
-    from dask_nn.training.outcome import RankOutcome
+    from dask_nn.training.outcome import RankOutcome, RunEnd
     from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["execute"]
@@ -145,10 +145,12 @@ def execute(
         story.on_named_event("no-checkpoint", {"path": str(checkpoint.url)})
     presses = Presses()
     if client is None or seating is None:
-        outcome, interrupted = run_in_process(
+        train = partial(
+            run_in_process,
             spec,
             prepared.blocks,
             prepared.validation,
+            presses=presses,
             start=start,
             checkpoint=checkpoint,
             configuration=configuration,
@@ -157,55 +159,57 @@ def execute(
             on_epoch=story.on_epoch,
             on_event=story.on_named_event,
         )
-        outcomes = [outcome]
-    else:
-        payload = RankPayload(
-            spec=spec,
-            data=prepared.blocks.source,
-            validation=None if prepared.validation is None else prepared.validation.source,
-            settings=settings,
-            start=start,
-            checkpoint=checkpoint,
-            configuration=configuration,
+        with presses.kept():
+            return _finish(train, story, prepared, presses)
+    payload = RankPayload(
+        spec=spec,
+        data=prepared.blocks.source,
+        validation=None if prepared.validation is None else prepared.validation.source,
+        settings=settings,
+        start=start,
+        checkpoint=checkpoint,
+        configuration=configuration,
+    )
+    if engine == "graph":
+        train = partial(
+            run_graph,
+            payload,
+            client=client,
+            seating=seating,
+            listener=story.listener,
+            recovery=recovery,
+            restore_blocks=partial(_restore, prepared, client),
         )
-        if engine == "graph":
-            outcomes, interrupted = run_graph(
-                payload,
-                client=client,
-                seating=seating,
-                listener=story.listener,
-                recovery=recovery,
-                restore_blocks=partial(_restore, prepared, client),
-            )
-        else:
-            with presses.kept():
-                end = run_spmd(
-                    payload,
-                    client=client,
-                    workers=prepared.workers,
-                    seating=seating,
-                    listener=story.listener,
-                    recovery=recovery,
-                    restore_blocks=partial(_restore, prepared, client),
-                    reload=partial(_reload, checkpoint, configuration, story),
-                    presses=presses,
-                )
-                conclude = partial(_conclude, end.outcomes, end.interrupted, lost=end.lost)
-                return _with_events(conclude, story, prepared, presses)
-    return _with_events(partial(_conclude, outcomes, interrupted), story, prepared, presses)
+        return _finish(train, story, prepared, presses)  # it hears of Ctrl-C by itself
+    train = partial(
+        run_spmd,
+        payload,
+        client=client,
+        workers=prepared.workers,
+        seating=seating,
+        listener=story.listener,
+        recovery=recovery,
+        restore_blocks=partial(_restore, prepared, client),
+        reload=partial(_reload, checkpoint, configuration, story),
+        presses=presses,
+    )
+    with presses.kept():
+        return _finish(train, story, prepared, presses)
 
 
-def _with_events(
-    conclude: Callable[[_Story, PreparedRun], TrainingResult],
+def _finish(
+    train: Callable[[], RunEnd],
     story: _Story,
     prepared: PreparedRun,
     presses: Presses,
 ) -> TrainingResult:
-    """Let errors say what happened; who pressed Ctrl-C meanwhile hears of it with the result."""
+    """Train, and give the result or the error; to who pressed Ctrl-C meanwhile, as just that."""
     try:
-        result = conclude(story, prepared)
-    except TrainingError as error:
-        error.events = story.events
+        end = train()
+        result = _conclude(end.outcomes, end.interrupted, story, prepared, lost=end.lost)
+    except Exception as error:
+        if isinstance(error, TrainingError):
+            error.events = story.events
         if presses.pending:
             raise TrainingInterrupted(getattr(error, "result", None)) from error
         raise
@@ -350,7 +354,7 @@ def _conclude(
     _tell_the_rest(story, result, over=lost is None)
     if lost is not None:
         raise WorkerLost(lost.address, lost.rank, lost.reason, result)
-    if leader.status == "non_finite":
+    if leader.status == "non_finite" and not interrupted:
         raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
     if leader.status == "stopped" or interrupted:
         raise TrainingInterrupted(result)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 import uuid
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.controller.cluster import ask_workers, scheduler_lost
-from dask_nn.controller.failure_policy import FailureCount, Recovery, Situation, decide
 from dask_nn.controller.gang_end import GangEnd
 from dask_nn.controller.gang_run import run_gang
 from dask_nn.controller.gang_watch import GangWatch
@@ -21,13 +19,16 @@ from dask_nn.controller.homecoming import Homecoming
 from dask_nn.controller.kept_states import KeptStates
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.listening import Listener, RankMessages
+from dask_nn.controller.lost_blocks import LostBlocks
 from dask_nn.controller.membership import Membership
 from dask_nn.controller.rank_group import RankGroup, choose_again
+from dask_nn.controller.regrouping import Regrouping
 from dask_nn.controller.seats import Seats
 from dask_nn.controller.worker_side import forget_older, forget_run, forget_runs_but
 from dask_nn.errors import CheckpointError, ClusterError, WorkerLost
 from dask_nn.events import Event
 from dask_nn.training.checkpointing import LastSave
+from dask_nn.training.outcome import RunEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,44 +36,20 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+    from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.keeping import StateSource
     from dask_nn.controller.placement import Seating, WorkerFacts
-    from dask_nn.controller.presses import Presses
     from dask_nn.controller.worker_side import RankPayload
-    from dask_nn.training.outcome import RankOutcome
+    from dask_nn.presses import Presses
     from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["Listener", "run_spmd"]
 
-logger = logging.getLogger("dask_nn")
-
 # A gang grows at most so often: each time costs a fraction of a second.
 RESIZE_EVERY_S = 5.0
-# Blocks that cannot be put back for so long never can.
-RESTORE_S = 60.0
 # So many gangs in a row may be called back before their first step without being a failure.
 MOST_RECALLS = 3
 FORGET_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpmdEnd:
-    """How a run ended.
-
-    Parameters
-    ----------
-    outcomes : list of RankOutcome
-        Of the ranks of the last gang that could say how they ended, by rank. That of rank 0 has the
-        newest state, if there is any.
-    interrupted : bool
-        Whether Ctrl-C ended it.
-    lost : WorkerLost or None
-        Why it was given up.
-    """
-
-    outcomes: list[RankOutcome]
-    interrupted: bool = False
-    lost: WorkerLost | None = None
 
 
 def run_spmd(
@@ -86,7 +63,7 @@ def run_spmd(
     restore_blocks: Callable[[], None],
     reload: Callable[[], Snapshot | None],
     presses: Presses,
-) -> SpmdEnd:
+) -> RunEnd:
     """Train, with as many gangs as it takes.
 
     Parameters
@@ -112,7 +89,7 @@ def run_spmd(
 
     Returns
     -------
-    SpmdEnd
+    RunEnd
         Also where workers were lost and `recovery` says not to go on.
 
     Raises
@@ -172,7 +149,6 @@ class _Run:
         self._changed = changed
         self._listener = listener
         self._recovery = recovery
-        self._restore_blocks = restore_blocks
         self._reload = reload
         self._run_id = uuid.uuid4().hex[:12]
         self._leases = Leases(client, self._run_id)
@@ -191,6 +167,7 @@ class _Run:
             on_start=self._note_start,
         )
         self._messages.note_start_from(payload.start)
+        blocks = LostBlocks(client, membership, restore_blocks)
         self._watch = GangWatch(
             client,
             membership=membership,
@@ -200,7 +177,7 @@ class _Run:
             changed=changed,
             listener=listener,
             wants_resize=self._wants_resize,
-            restore_blocks=self._have_all_blocks,
+            blocks=blocks,
             presses=presses,
         )
         self._canary = b""
@@ -217,7 +194,14 @@ class _Run:
             presses=presses,
         )
         self._generation = 0
-        self._failures = FailureCount()
+        self._regrouping = Regrouping(
+            recovery,
+            seats=self._seats,
+            membership=membership,
+            watch=self._watch,
+            blocks=blocks,
+            tell=self._tell,
+        )
         self._last_end: GangEnd | None = None
         self._ranks = 0
         self._told_of_encryption = False
@@ -234,7 +218,7 @@ class _Run:
         finally:
             if self._client.status == "running":
                 self._forget()
-            del self._watch, self._messages, self._home
+            del self._regrouping, self._watch, self._messages, self._home
 
     def _forget(self) -> None:
         with contextlib.suppress(Exception):  # what ended the run says more
@@ -246,7 +230,7 @@ class _Run:
         present = self._membership.present
         return ask_workers(self._client, function, present, *arguments, timeout_s=FORGET_S)
 
-    def train(self, seating: Seating) -> SpmdEnd:
+    def train(self, seating: Seating) -> RunEnd:
         """Run gang after gang."""
         try:
             with self._presses.heard():
@@ -258,9 +242,9 @@ class _Run:
                 seating = self._look_again(seating)
                 self._forget_others()
         except KeyboardInterrupt:
-            return SpmdEnd(outcomes=[], interrupted=True)
+            return RunEnd(outcomes=[], interrupted=True)
         except WorkerLost as error:
-            return SpmdEnd(outcomes=[], lost=error)
+            return RunEnd(outcomes=[], lost=error)
         while True:
             end = self._run_gang(seating)
             self._note_kept(end)
@@ -270,7 +254,7 @@ class _Run:
                     if end.cause is None:
                         outcomes = self._home.finish(end, self._generation)
                         if outcomes is not None:
-                            return SpmdEnd(outcomes=outcomes, interrupted=end.interrupted)
+                            return RunEnd(outcomes=outcomes, interrupted=end.interrupted)
                         end.break_off("broken", "no rank is left to say how it ended")
                     self._count_recalls(end)
                     self._last_end = end
@@ -279,10 +263,10 @@ class _Run:
                 self._presses.is_another()
                 self._deliver_anyway()
                 outcomes = self._home.salvage(end, self._generation)
-                return SpmdEnd(outcomes=outcomes, interrupted=True)
+                return RunEnd(outcomes=outcomes, interrupted=True)
             except WorkerLost as error:
                 outcomes = self._home.salvage(end, self._generation)
-                return SpmdEnd(outcomes=outcomes, lost=error)
+                return RunEnd(outcomes=outcomes, lost=error)
             self._generation += 1
 
     def _deliver_anyway(self) -> None:
@@ -415,85 +399,10 @@ class _Run:
         return wanted
 
     def _next_seating(self, before: Seating, end: GangEnd) -> Seating:
-        """Wait until there are workers to go on with.
-
-        Raises
-        ------
-        WorkerLost
-            If the run shall not go on.
-        """
-        cause = end.cause or "broken"
         newest = self._kept.newest
         # Where nobody is left to say how far it came, look at where it began.
-        self._failures.note(cause, self._started_at if newest is None else newest.position.steps)
-        self._tell_of_losses(end)
-        told = False
-        restoring_since: float | None = None
-        while True:
-            self._watch.look_around(at_once=True)
-            seating = self._seats.claim()
-            action = decide(
-                Situation(
-                    cause=cause,
-                    failures=self._failures.failures,
-                    same_step=self._failures.same_step,
-                    ranks=len(before.workers),
-                    able=0 if seating is None else len(seating.workers),
-                    waited_s=time.monotonic() - end.broken_at,
-                ),
-                self._recovery,
-            )
-            if action.name == "give_up":
-                reason, paused = action.reason, sorted(self._membership.paused)
-                if paused and seating is None:
-                    reason += f"; no memory is left to start a task on {', '.join(paused)}"
-                raise self._given_up(end, reason)
-            if action.name != "go_on" or seating is None:
-                restoring_since = None
-                if not told:
-                    told = True
-                    able = 0 if seating is None else len(seating.workers)
-                    self._tell("waiting", able=able, ranks=len(before.workers))
-                self._watch.wait()
-            elif self._have_all_blocks():
-                return seating
-            else:
-                restoring_since = restoring_since or time.monotonic()
-                if time.monotonic() > restoring_since + RESTORE_S:
-                    raise self._given_up(end, "blocks that were lost cannot be put back")
-                self._watch.wait()
-
-    def _given_up(self, end: GangEnd, reason: str) -> WorkerLost:
-        self._tell("gave-up", reason=reason)
-        loss = end.losses[0] if end.losses else None
-        address, rank = ("", -1) if loss is None else (loss.address, loss.rank)
-        return WorkerLost(address, rank, reason)
-
-    def _have_all_blocks(self) -> bool:
-        """Put back blocks that were lost; False if workers leave meanwhile, or have no room."""
-        self._membership.settle()
-        try:
-            self._restore_blocks()
-        except (OSError, KeyError, ClusterError) as error:
-            if self._client.status != "running":
-                raise
-            logger.warning("lost blocks could not be put back yet: %s", error)
-            return False
-        return True
-
-    def _tell_of_losses(self, end: GangEnd) -> None:
-        steps = max((outcome.steps for outcome in end.outcomes), default=0)
-        for loss in end.losses:
-            self._tell(
-                f"worker-{loss.cause}",
-                address=loss.address,
-                rank=loss.rank,
-                step=steps,
-                reason=loss.reason,
-            )
-        if end.cause == "broken":
-            errors = [end.reason] if end.reason else sorted({o.error for o in end.outcomes})
-            self._tell("gang-broken", step=steps, reason="; ".join(errors))
+        steps = self._started_at if newest is None else newest.position.steps
+        return self._regrouping.next_seating(before, end, steps=steps)
 
     def _tell(self, name: str, **details: Any) -> None:
         self._listener.on_event(Event(name=name, time_s=time.time(), details=details))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dask_nn.collectives.serial import SerialCommunicator
 from dask_nn.data.reader import BlockReader, MemoryReader, StreamReader
 from dask_nn.errors import Aborted
+from dask_nn.training.outcome import RunEnd
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dask_nn.checkpoints.options import Checkpoint
     from dask_nn.data.blocks import Blocks
     from dask_nn.events import Progress
+    from dask_nn.presses import Presses
     from dask_nn.training.outcome import RankOutcome
     from dask_nn.training.snapshot import Snapshot
     from dask_nn.training.spec import TrainingSpec
@@ -30,6 +32,7 @@ def run_in_process(
     blocks: Blocks,
     validation: Blocks | None,
     *,
+    presses: Presses,
     on_start: Callable[[], None],
     on_progress: Callable[[Progress], None],
     on_epoch: Callable[[dict[str, float]], None],
@@ -37,17 +40,15 @@ def run_in_process(
     start: Snapshot | None = None,
     checkpoint: Checkpoint | None = None,
     configuration: dict[str, Any] | None = None,
-) -> tuple[RankOutcome, bool]:
+) -> RunEnd:
     """Train in a thread of this process, so that Ctrl-C can ask it to stop at a step boundary.
 
     The calls back are made in the caller's thread.
 
     Returns
     -------
-    RankOutcome
-        How it ended.
-    bool
-        Whether Ctrl-C ended it.
+    RunEnd
+        With the outcome of the only rank.
     """
     calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     patience = _Patience()
@@ -82,14 +83,17 @@ def run_in_process(
     try:
         while True:
             try:
-                call = calls.get()
-                if call is None and broken:
+                with presses.heard():
+                    call = calls.get()
+                    if call is not None:
+                        call()
+                        continue
+                if broken:
                     raise broken[0]
-                if call is None:
-                    return outcomes[0], interrupted
-                call()
+                return RunEnd(outcomes=outcomes, interrupted=interrupted)
             except KeyboardInterrupt:
-                if interrupted:
+                another = presses.is_another()
+                if interrupted and another:
                     raise
                 interrupted = True
                 env.save_event.set()

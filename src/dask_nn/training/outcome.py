@@ -1,11 +1,14 @@
-"""How a rank ended, as a plain value that its caller can always unpickle."""
+"""How a rank ended, as a plain value that its caller can always unpickle, and how a run did."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["RankOutcome", "Status"]
+if TYPE_CHECKING:
+    from dask_nn.errors import WorkerLost
+
+__all__ = ["RankOutcome", "RunEnd", "Status"]
 
 Status = Literal["finished", "stopped", "non_finite", "failed", "aborted"]
 
@@ -69,3 +72,23 @@ class RankOutcome:
     def position(self) -> tuple[int, int]:
         """How far it came: the epoch under way, and the steps completed over the run."""
         return (self.epoch, self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd:
+    """The end of a run.
+
+    Parameters
+    ----------
+    outcomes : list of RankOutcome
+        Of those ranks at work last that could say how they ended, by rank. That of rank 0 has the
+        newest state, if there is any.
+    interrupted : bool
+        Whether Ctrl-C ended it.
+    lost : WorkerLost or None
+        Why it was given up.
+    """
+
+    outcomes: list[RankOutcome]
+    interrupted: bool = False
+    lost: WorkerLost | None = None

@@ -18,6 +18,8 @@ __all__ = ["Presses"]
 # What interrupts again within this time is the same wish: a key held down, which begins to repeat
 # after up to two thirds of a second, or a callback that asks to stop whenever it is called.
 SAME_PRESS_S = 0.8
+# But not for ever: who presses on is impatient.
+PRESSING_S = 5.0
 UNHEARD_S = 5.0
 
 
@@ -26,7 +28,7 @@ class Presses:
 
     Elsewhere a press is kept for the next such section, so that no result is lost on its way; who
     presses on for five seconds without being heard is obeyed at once. A key that is held down is
-    one press.
+    one press, and another one every five seconds.
     This is about SIGINT, and other signals that do the same by then. Where they have other
     handlers, or outside the main thread, nothing is changed: there only callbacks raise
     KeyboardInterrupt.
@@ -36,7 +38,7 @@ class Presses:
         self._unheard_since: float | None = None
         self._sections = 0
         self._is_pressed = False
-        self._pressed_at = self._interrupted_at = -math.inf
+        self._began_at = self._pressed_at = self._interrupted_at = -math.inf
 
     @property
     def pending(self) -> bool:
@@ -85,8 +87,9 @@ class Presses:
         before, self._pressed_at = self._pressed_at, now
         if self._unheard_since is not None and now > self._unheard_since + UNHEARD_S:
             self._interrupt()
-        if now <= before + SAME_PRESS_S:
+        if now <= before + SAME_PRESS_S and now <= self._began_at + PRESSING_S:
             return
+        self._began_at = now
         if self._sections:
             self._interrupt()
         if self._unheard_since is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
-from dask_nn.controller import presses as module
+from dask_nn import presses as module
 from dask_nn.controller.calling import ending_cleanly
-from dask_nn.controller.presses import Presses
+from dask_nn.presses import Presses
 
 
 def press() -> None:
@@ -106,6 +107,22 @@ def test_a_callback_that_interrupts_again_and_again_is_one_wish(clock):
         assert not presses.is_another()
     clock.now += 1.0
     assert presses.is_another()
+
+
+@pytest.mark.parametrize("every_s", [0.03, 0.5])
+def test_who_presses_on_is_heard_again(clock, every_s):
+    presses = Presses()
+    heard_at = []
+    with presses.kept():
+        while clock.now < 4 * module.PRESSING_S:
+            try:
+                with presses.heard():
+                    press()
+            except KeyboardInterrupt:
+                heard_at.append(clock.now)
+            clock.now += every_s
+    assert len(heard_at) == 4
+    assert all(b > a + module.PRESSING_S for a, b in pairwise(heard_at))
 
 
 @pytest.mark.parametrize("every_s", [0.03, 0.25, 1.0])
