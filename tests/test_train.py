@@ -26,8 +26,6 @@ from dask_nn.controller import block_fetch
 from dask_nn.errors import TrainingInterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from dask_nn.training.result import TrainingResult
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -72,16 +70,6 @@ class Recorder(Callback):
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.calls]
-
-
-@pytest.fixture(params=["no cluster", "spmd", "graph"])
-def place(request, blobs) -> Iterator[dict[str, Any]]:
-    """Give the options that say where to train."""
-    if request.param == "no cluster":
-        yield {"client": None}
-    else:
-        yield {"client": request.getfixturevalue("client"), "engine": request.getfixturevalue}
-        return
 
 
 @pytest.fixture(params=["no cluster", "spmd", "graph"])
@@ -228,7 +216,11 @@ def test_ctrl_c_gives_what_is_trained_so_far(where, blobs):
     assert result.weights_sha256 != weights_sha256(network().state_dict())
 
 
-def test_callbacks_that_always_interrupt_lose_no_result(where, blobs):
+def test_callbacks_that_always_interrupt_lose_no_result(where, blobs, tmp_path, monkeypatch):
+    """However far apart; nor do workers stay taken, or checkpoints unwritten."""
+    if not where:
+        monkeypatch.setattr("dask_nn.presses.SAME_PRESS_S", -1.0)
+
     class Interrupting(Callback):
         def on_progress(self, progress):
             raise KeyboardInterrupt
@@ -237,9 +229,19 @@ def test_callbacks_that_always_interrupt_lose_no_result(where, blobs):
 
     with pytest.raises(TrainingInterrupted) as caught:
         dask_nn.train(
-            network(), *blobs, epochs=10_000, callbacks=[Interrupting()], **options(), **where
+            network(),
+            *blobs,
+            epochs=10_000,
+            callbacks=[Interrupting()],
+            checkpoint=dask_nn.Checkpoint(tmp_path / "run"),
+            **options(),
+            **where,
         )
-    assert caught.value.result.steps >= 1
+    result = caught.value.result
+    assert result.steps >= 1
+    saved = [event for event in result.events if event.name == "checkpoint"]
+    assert saved[-1].details["steps"] == result.steps
+    dask_nn.train(network(), *blobs, epochs=1, **options(), **where)
 
 
 def test_a_class_or_function_may_make_the_model_from_the_seed(blobs):

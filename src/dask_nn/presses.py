@@ -75,12 +75,16 @@ class Presses:
 
         Presses are; callbacks may raise KeyboardInterrupt whenever they are called.
         """
-        if self._is_pressed:
-            self._is_pressed = False
+        if self.is_one():
             return True
         now = time.monotonic()
         before, self._interrupted_at = self._interrupted_at, now
         return now > before + SAME_PRESS_S
+
+    def is_one(self) -> bool:
+        """Tell whether a press, and no callback, made the interrupt that was just caught."""
+        pressed, self._is_pressed = self._is_pressed, False
+        return pressed
 
     def _press(self, *_: Any) -> None:
         now = time.monotonic()

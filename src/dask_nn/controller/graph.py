@@ -93,7 +93,7 @@ def run_graph(
     Returns
     -------
     RunEnd
-        With one outcome, which has the trained state.
+        With one outcome, which has the trained state, or none after a second Ctrl-C.
 
     Raises
     ------
@@ -326,13 +326,22 @@ class _GraphRun:
 
     def _close(self) -> None:
         """Save what is reached, and let the workers forget the run."""
-        if self._checkpointer is not None:
+        try:
+            if self._checkpointer is not None:
+                self._finish_saving(self._checkpointer)
+            self._pass_on()
+        finally:
+            self._let_go()
+
+    def _finish_saving(self, checkpointer: Checkpointer) -> None:
+        try:
             if self._cut_short:
-                self._checkpointer.save(self.snapshot())
-            try:
-                self._checkpointer.finish(self._pass_on)
-            finally:
-                self._checkpointer.close()
+                checkpointer.save(self.snapshot())
+            checkpointer.finish(self._pass_on)
+        finally:
+            checkpointer.close()
+
+    def _let_go(self) -> None:
         with contextlib.suppress(Exception):  # what ended the run says more
             if self._client.status == "running":
                 self._leases.release()

@@ -354,8 +354,11 @@ def _conclude(
     _tell_the_rest(story, result, over=lost is None)
     if lost is not None:
         raise WorkerLost(lost.address, lost.rank, lost.reason, result)
-    if leader.status == "non_finite" and not interrupted:
-        raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
+    not_finite = None
+    if leader.status == "non_finite":
+        not_finite = NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
     if leader.status == "stopped" or interrupted:
-        raise TrainingInterrupted(result)
+        raise TrainingInterrupted(result) from not_finite
+    if not_finite is not None:
+        raise not_finite
     return result

@@ -82,18 +82,22 @@ def run_in_process(
     interrupted = False
     try:
         while True:
+            called_back = False
             try:
                 with presses.heard():
                     call = calls.get()
                     if call is not None:
+                        called_back = True
                         call()
                         continue
                 if broken:
                     raise broken[0]
                 return RunEnd(outcomes=outcomes, interrupted=interrupted)
             except KeyboardInterrupt:
-                another = presses.is_another()
-                if interrupted and another:
+                pressed = presses.is_one() or not called_back
+                if outcomes or broken:
+                    calls.put(None)  # the one that was there may have gone with the interrupt
+                elif interrupted and pressed:
                     raise
                 interrupted = True
                 env.save_event.set()
