@@ -130,7 +130,7 @@ class KilledPeerSuite:
     def test_a_killed_peer_ends_the_exchange(self, gang: ProcessGang) -> None:
         """Nothing is left in shared memory, and no survivor waits beyond its deadline."""
         files = shared_memory_files()
-        outcomes = gang.run(3, wait_until_ended, "collect", "kill", timeout_s=5.0)
+        outcomes = gang.run(3, wait_until_ended, "collect", "kill", timeout_s=2.0)
         assert isinstance(outcomes[0].error, EOFError)
         assert {outcome.value[0] for outcome in outcomes[1:]} <= {self.error, "Aborted"}
         assert self.error in {outcome.value[0] for outcome in outcomes[1:]}
