@@ -354,11 +354,15 @@ def _conclude(
     _tell_the_rest(story, result, over=lost is None)
     if lost is not None:
         raise WorkerLost(lost.address, lost.rank, lost.reason, result)
-    not_finite = None
-    if leader.status == "non_finite":
-        not_finite = NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
+    # No variable may hold an error that is raised: the cycle would keep the run's blocks.
     if leader.status == "stopped" or interrupted:
-        raise TrainingInterrupted(result) from not_finite
-    if not_finite is not None:
-        raise not_finite
+        raise TrainingInterrupted(result) from _non_finite(leader, result)
+    if leader.status == "non_finite":
+        raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
     return result
+
+
+def _non_finite(leader: RankOutcome, result: TrainingResult) -> NonFiniteLoss | None:
+    if leader.status != "non_finite":
+        return None
+    return NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
