@@ -41,7 +41,10 @@ IMPORTED = (
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector of garbage what lives as long as the tests: it took half their time."""
+    """Spare the collector of garbage what lives as long as the tests.
+
+    Tests that collect often spent half their time on it.
+    """
     gc.collect()
     gc.freeze()
 

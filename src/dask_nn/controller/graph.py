@@ -93,7 +93,8 @@ def run_graph(
     Returns
     -------
     RunEnd
-        With one outcome, which has the trained state, or none after a second Ctrl-C.
+        With one outcome, which has the trained state or says what failed; with none where Ctrl-C
+        came before there was one.
 
     Raises
     ------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from dask_nn.controller.failure_policy import Situation, decide
+from dask_nn.controller.failure_policy import FailureCount, Situation, decide
 from dask_nn.errors import WorkerLost
 from dask_nn.events import Event
 
@@ -37,8 +37,6 @@ class Healing:
     ----------
     steps : int
         Steps completed by now.
-    failures : int
-        What the scheduler could not heal, so far.
     """
 
     def __init__(self, client: Client, recovery: Recovery, listener: Listener) -> None:
@@ -48,10 +46,13 @@ class Healing:
         self._lost: list[str] = []
         self._broken_at: float | None = None
         self._reason = ""
-        self._failed_at = -1
-        self._same_step = 0
+        self._count = FailureCount()
         self.steps = 0
-        self.failures = 0
+
+    @property
+    def failures(self) -> int:
+        """What the scheduler could not heal, so far."""
+        return self._count.failures
 
     def note(self, loss: Loss) -> None:
         """Tell that a worker is gone."""
@@ -73,9 +74,7 @@ class Healing:
         if self._broken_at is None:
             self._broken_at = time.monotonic()
         self._reason = f"{error}" or repr(error)
-        self.failures += 1
-        self._same_step = self._same_step + 1 if self.steps == self._failed_at else 1
-        self._failed_at = self.steps
+        self._count.note("lost", self.steps)
 
     def wait_until_able(self, watch: WorkerWatch) -> None:
         """Wait until there are workers to go on with.
@@ -95,7 +94,7 @@ class Healing:
                 Situation(
                     cause="lost",
                     failures=self.failures,
-                    same_step=self._same_step,
+                    same_step=self._count.same_step,
                     ranks=able,
                     able=able,
                     waited_s=time.monotonic() - began,

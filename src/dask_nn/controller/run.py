@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.options import Engine
     from dask_nn.controller.preparation import PreparedRun
-    from dask_nn.training.outcome import RankOutcome, RunEnd
+    from dask_nn.training.outcome import RunEnd
     from dask_nn.training.snapshot import Snapshot
 
 __all__ = ["execute"]
@@ -205,8 +205,7 @@ def _finish(
 ) -> TrainingResult:
     """Train, and give the result or the error; to who pressed Ctrl-C meanwhile, as just that."""
     try:
-        end = train()
-        result = _conclude(end.outcomes, end.interrupted, story, prepared, lost=end.lost)
+        result = _conclude(train(), story, prepared)
     except Exception as error:
         if isinstance(error, TrainingError):
             error.events = story.events
@@ -309,15 +308,9 @@ def _tell_the_rest(story: _Story, result: TrainingResult, *, over: bool) -> None
         raise TrainingInterrupted(result) from None
 
 
-def _conclude(
-    outcomes: Sequence[RankOutcome],
-    interrupted: bool,
-    story: _Story,
-    prepared: PreparedRun,
-    *,
-    lost: WorkerLost | None = None,
-) -> TrainingResult:
+def _conclude(end: RunEnd, story: _Story, prepared: PreparedRun) -> TrainingResult:
     """Turn outcomes into a result, or into the error that explains them best."""
+    outcomes, interrupted, lost = end.outcomes, end.interrupted, end.lost
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed and not (interrupted or lost):
         first = failed[0]
@@ -354,15 +347,11 @@ def _conclude(
     _tell_the_rest(story, result, over=lost is None)
     if lost is not None:
         raise WorkerLost(lost.address, lost.rank, lost.reason, result)
+    is_finite = leader.status != "non_finite"
     # No variable may hold an error that is raised: the cycle would keep the run's blocks.
+    not_finite = partial(NonFiniteLoss, leader.loss, leader.steps, leader.epoch, result)
     if leader.status == "stopped" or interrupted:
-        raise TrainingInterrupted(result) from _non_finite(leader, result)
-    if leader.status == "non_finite":
-        raise NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
+        raise TrainingInterrupted(result) from (None if is_finite else not_finite())
+    if not is_finite:
+        raise not_finite()
     return result
-
-
-def _non_finite(leader: RankOutcome, result: TrainingResult) -> NonFiniteLoss | None:
-    if leader.status != "non_finite":
-        return None
-    return NonFiniteLoss(leader.loss, leader.steps, leader.epoch, result)
