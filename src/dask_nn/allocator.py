@@ -1,7 +1,10 @@
 """The C library's allocator, which Dask's nanny tells to give memory back at once.
 
 The nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``. With it every large temporary of a
-step goes back to the kernel, and is faulted in again page by page for the next one.
+step goes back to the kernel, and is faulted in again page by page for the next one. Threads other
+than the main one (a worker computes in such) allocate from heaps of at most 64 MiB; glibc returns
+a heap that became empty whatever the threshold says, unless the top pad is as large as a heap.
+Source: ``heap_trim`` in glibc's malloc/arena.c.
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ __all__ = ["keeping_freed_memory"]
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 1 << 30
+HEAP_BYTES = 64 << 20
 DEFAULT_BYTES = 128 * 1024
+# What is freed from this size on makes glibc look at the end of the thread's heap.
+LOOK_BYTES = 64 * 1024
 
 _lock = threading.Lock()
 _users = 0
@@ -52,7 +59,7 @@ def _enter() -> None:
     global _users  # noqa: PLW0603  (the allocator is the process's own)
     with _lock:
         _users += 1
-        _set(KEEP_BYTES, KEEP_BYTES)
+        _set(KEEP_BYTES, KEEP_BYTES, HEAP_BYTES)
 
 
 def _leave(linger_s: float) -> None:
@@ -91,14 +98,18 @@ def _look_again(linger_s: float, last_left: int) -> None:
 
 
 def _give_back() -> None:
-    trim = int(os.environ.get("MALLOC_TRIM_THRESHOLD_", DEFAULT_BYTES))
-    _set(trim, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", DEFAULT_BYTES)), give_back=True)
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+    _set(*(int(os.environ.get(name, DEFAULT_BYTES)) for name in names), give_back=True)
 
 
-def _set(trim_bytes: int, mmap_bytes: int, *, give_back: bool = False) -> None:
+def _set(trim_bytes: int, mmap_bytes: int, pad_bytes: int, *, give_back: bool = False) -> None:
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, trim_bytes)
         libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        libc.mallopt(M_TOP_PAD, pad_bytes)
         if give_back:
             libc.malloc_trim(0)
+            # Trimming leaves the end of a thread's last heap alone; freeing there does not.
+            libc.malloc.restype = ctypes.c_void_p
+            libc.free(ctypes.c_void_p(libc.malloc(LOOK_BYTES)))
