@@ -40,6 +40,24 @@ IMPORTED = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several test processes (``-n 2``) a shared memory of its own to look for leaks.
+
+    Its workers inherit it. Tests of one process at a time look at the host's.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    try:
+        os.unshare(os.CLONE_NEWNS)
+        for options in (["--make-rprivate", "/"], ["-t", "tmpfs", "tmpfs", str(SHARED_MEMORY)]):
+            subprocess.run(["mount", *options], check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise pytest.UsageError(
+            f"tests in several processes each mount a {SHARED_MEMORY} of their own, which needs "
+            f"root and mount: {error}"
+        ) from error
+
+
 def pytest_collection_finish() -> None:
     """Spare the collector of garbage what lives as long as the tests.
 

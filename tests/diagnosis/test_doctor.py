@@ -55,6 +55,9 @@ def inventory(dask_worker):
     import threading
 
     folder = Path(dask_worker.local_directory)
+    for thread in threading.enumerate():
+        if thread.name == "doctor":  # gives its answer before it ends
+            thread.join(5)
     return {
         "handlers": sorted(dask_worker.handlers),
         "tasks": sorted(map(str, dask_worker.state.tasks)),
