@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from distributed import get_worker
 
+from dask_nn.allocator import keeping_freed_memory
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.data.plan import Window
 from dask_nn.errors import DaskNNError, RankFailed
+from dask_nn.metrics.forward import between_tasks_s
 from dask_nn.metrics.objective import Objective
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.canary import fingerprint
@@ -291,7 +293,10 @@ def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Ite
     """Work with this thread's bench."""
     with _named(Place(run_id, step, shard)):
         bench = _find_bench(payload, run_id)
-        with task_runtime(bench.spec.threads_per_rank, deterministic=bench.spec.bitwise):
+        with (
+            keeping_freed_memory(linger_s=between_tasks_s),
+            task_runtime(bench.spec.threads_per_rank, deterministic=bench.spec.bitwise),
+        ):
             yield bench
 
 

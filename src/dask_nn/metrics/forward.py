@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROBE_ROWS",
+    "between_tasks_s",
     "check_batch_size",
     "count_rows",
     "evaluating",
@@ -81,7 +82,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def one_thread_per_task() -> Iterator[None]:
     """Compute on one core in a thread of a scheduler, which runs a task on every core it has.
 
-    The allocator keeps what batches free until the task ends. The main thread (a call without a
+    The allocator keeps what batches free, for the next task. The main thread (a call without a
     scheduler) keeps its settings.
     """
     if threading.current_thread() is threading.main_thread():
@@ -90,13 +91,13 @@ def one_thread_per_task() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with keeping_freed_memory(linger_s=_linger_s):
+        with keeping_freed_memory(linger_s=between_tasks_s):
             yield
     finally:
         torch.set_num_threads(before)
 
 
-def _linger_s() -> float:
+def between_tasks_s() -> float:
     """Give for how long this process may keep memory between tasks: not where Dask would spill."""
     try:
         limit = get_worker().memory_manager.memory_limit
