@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import training_job
 from distributed import Security
-from kubernetes_api import KubernetesApi
+from kubernetes_api import NOWHERE, KubernetesApi
 from kubernetes_schemas import errors_of
 
 import dask_nn
@@ -59,6 +60,7 @@ FULL_OPTIONS = {
     "shared_memory": "8 GB",
     "worker_pod": {"serviceAccountName": "trainer", "imagePullSecrets": [{"name": "registry"}]},
     "service_type": "LoadBalancer",
+    "scheduler_service": {"loadBalancerSourceRanges": ["192.0.2.0/24"]},
 }
 
 
@@ -78,6 +80,13 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesA
 
 def test_the_resource_with_everything_is_what_the_operators_schema_allows(full):
     assert errors_of(full) == []
+
+
+def test_a_load_balancer_lets_those_in_whom_the_user_names(full):
+    service = full["spec"]["scheduler"]["service"]
+    assert service["type"] == "LoadBalancer"
+    assert service["loadBalancerSourceRanges"] == ["192.0.2.0/24"]
+    assert len(service["ports"]) == 2
 
 
 def test_the_smallest_resource_is_what_the_operators_schema_allows():
@@ -233,6 +242,7 @@ def test_the_autoscaler_is_what_the_operators_schema_allows():
         ({"image": IMAGE, "service_type": "Ingress"}, "must be one of ClusterIP"),
         ({"image": IMAGE, "shared_memory": "large"}, "must be a size with its unit"),
         ({"image": IMAGE, "worker_pod": "x"}, "worker_pod must be a mapping"),
+        ({"image": IMAGE, "scheduler_service": []}, "scheduler_service must be a mapping"),
         ({"image": IMAGE, "scheduler_cores": "half"}, "scheduler_cores must be a positive number"),
         ({"image": IMAGE, "scheduler_memory": "0 GB"}, "scheduler_memory must be a size"),
         ({"image": IMAGE, "tolerations": {"key": "x"}}, "tolerations must be a list of mappings"),
@@ -371,3 +381,30 @@ def test_what_kubernetes_lacks_or_has_already_is_said_and_left_as_it_is(tmp_path
         assert len(api.posted("Secret")) == 1
         assert api.objects["daskclusters"].pop("theirs") is theirs
         assert not any(api.objects.values())
+
+
+@pytest.mark.timeout(2 * JOB_TIMEOUT_S)
+@pytest.mark.parametrize("security", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"image": f"{NOWHERE}dask:1"},
+            r'pod .*-scheduler.*: Pending; ImagePullBackOff Back-off pulling image "registry\.inv',
+        ),
+        (
+            {"env": {"PYTHONHOME": "/nowhere"}},
+            r"pod .*-scheduler.*: CrashLoopBackOff (?s:.*)its log ends with:(?s:.*)Fatal Python er",
+        ),
+    ],
+)
+def test_a_scheduler_that_does_not_start_is_told_long_before_the_deadline(
+    api, options, message, security
+):
+    began = time.monotonic()
+    job = start_job(workers=1, start_timeout_s=JOB_TIMEOUT_S, security=security, **options)
+    _, err = job.communicate(timeout=JOB_TIMEOUT_S)
+    assert time.monotonic() - began < JOB_TIMEOUT_S / 2
+    assert job.returncode != 0
+    assert re.search(message, err), err
+    assert not api.objects["daskclusters"]

@@ -77,6 +77,32 @@ def test_a_start_that_takes_too_long_says_how_to_wait_longer() -> None:
         opened(barren, start_timeout_s=0.5)
 
 
+class Slow(LocalCluster):
+    """A cluster whose scheduler does not start."""
+
+    async def _start(self) -> None:
+        await super()._start()
+        await asyncio.sleep(60)
+
+
+def test_a_scheduler_that_does_not_start_in_time_is_explained() -> None:
+    async def explain(_: Any) -> str:
+        return "no machine is free"
+
+    with pytest.raises(ClusterError, match=r"it was still starting.*\nno machine is free$"):
+        opened(lambda: Slow(**HERE), start_timeout_s=0.5, explain=explain)
+
+
+def test_a_scheduler_that_will_not_start_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASK_FIRST_AFTER_S", 0.1)
+
+    async def hopeless(_: Any) -> str:
+        return "its machine has ended"
+
+    with pytest.raises(ClusterError, match=r"^its machine has ended$"):
+        opened(lambda: Slow(**HERE), start_timeout_s=100, hopeless=hopeless)
+
+
 def test_a_platform_that_gives_no_answer_does_not_end_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -30,6 +30,8 @@ PLURALS = {
     "services": ("Service", "v1"),
     "secrets": ("Secret", "v1"),
 }
+# A registry from which nothing can be pulled.
+NOWHERE = "registry.invalid/"
 
 
 class KubernetesApi:
@@ -95,6 +97,7 @@ class KubernetesApi:
             app.router.add_patch(f"{place}/{{name}}", self._patch)
             app.router.add_delete(f"{place}/{{name}}", self._delete)
             app.router.add_get(f"{place}/{{name}}/portforward", self._forward)
+            app.router.add_get(f"{place}/{{name}}/log", self._log)
         runner = web.AppRunner(app, shutdown_timeout=1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -174,6 +177,11 @@ class KubernetesApi:
         await self._collect(found)
         return web.json_response({"kind": "Status", "status": "Success"})
 
+    async def _log(self, request: web.Request) -> web.Response:
+        lines = self.containers[request.match_info["name"]].log.read_text().splitlines()
+        wanted = int(request.query.get("tailLines", len(lines)))
+        return web.Response(text="".join(f"{line}\n" for line in lines[-wanted:]))
+
     async def _forward(self, request: web.Request) -> web.WebSocketResponse:
         """Carry one connection to a port of a pod, as `kubectl port-forward` does."""
         container = self.containers[request.match_info["name"]]
@@ -251,13 +259,16 @@ class KubernetesApi:
             place = f"127.0.0.1:{self.containers[service].ports[8786]}"
             for alias in (f"{service}.{namespace}.svc.cluster.local:8786", f"{service}:8786"):
                 names[alias] = place
+        if _image(pod).startswith(NOWHERE):
+            return
         self.containers[pod["metadata"]["name"]] = Container(
             pod, self.folder, names, self.objects["secrets"]
         )
 
     async def _end_pod(self, name: str) -> None:
         self.objects["pods"].pop(name, None)
-        await asyncio.to_thread(self.containers.pop(name).end)
+        if container := self.containers.pop(name, None):
+            await asyncio.to_thread(container.end)
 
     async def _collect(self, owner: dict[str, Any]) -> None:
         """Delete what a resource owned, as Kubernetes' garbage collector does."""
@@ -284,9 +295,27 @@ class KubernetesApi:
     def _seen(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["kind"] != "Pod":
             return item
-        ready = str(self.containers[item["metadata"]["name"]].ready)
+        container = self.containers.get(item["metadata"]["name"])
+        phase, waiting = "Running", None
+        if container is None:
+            phase = "Pending"
+            waiting = {
+                "reason": "ImagePullBackOff",
+                "message": f'Back-off pulling image "{_image(item)}"',
+            }
+        elif container.process.poll() is not None:
+            # What the kubelet says between two starts; this one does not start it again.
+            waiting = {"reason": "CrashLoopBackOff", "message": "back-off restarting container"}
+        ready = str(container is not None and container.ready)
         conditions = [{"type": name, "status": ready} for name in ("Ready", "ContainersReady")]
-        return {**item, "status": {"phase": "Running", "conditions": conditions}}
+        status: dict[str, Any] = {"phase": phase, "conditions": conditions}
+        if waiting:
+            status["containerStatuses"] = [{"state": {"waiting": waiting}}]
+        return {**item, "status": status}
+
+
+def _image(pod: dict[str, Any]) -> str:
+    return str(pod["spec"]["containers"][0]["image"])
 
 
 def _owned(item: dict[str, Any], owner: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,11 @@ CONTAINER_FAILED = (
     "most often because its container did not run; look at `aws ec2 get-console-output "
     "--instance-id ...`"
 )
+UNREACHED = (
+    "the scheduler's machine runs, and its port 8786 does not answer here: either the security "
+    "group does not let you reach ports 8786 and 8787, or the image is still being pulled; `aws "
+    "ec2 get-console-output --instance-id ...` tells which"
+)
 
 
 class ReachableScheduler(EC2Scheduler):  # type: ignore[misc]  # ships no annotations
@@ -156,8 +161,13 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
     token = secrets.token_hex(8)
     arguments = ec2_arguments(request, token) | {"region": account.region}
 
-    async def explain(_: Any) -> str:
-        return "\n".join(map(describe, await asyncio.to_thread(account.instances, TAG, token)))
+    async def explain(cluster: Any) -> str:
+        instances = await asyncio.to_thread(account.instances, TAG, token)
+        lines = list(map(describe, instances))
+        runs = any(instance["State"]["Name"] == "running" for instance in instances)
+        if runs and not cluster.scheduler_info.get("address"):
+            lines.append(UNREACHED)
+        return "\n".join(lines)
 
     async def lost(cluster: Any) -> set[Any]:
         return ended_workers(cluster, await asyncio.to_thread(account.instances, TAG, token))

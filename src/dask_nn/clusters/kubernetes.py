@@ -42,7 +42,12 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     """
     check_request(request)
     options = KubernetesOptions.of(request.options).named(f"dask-nn-{secrets.token_hex(4)}")
-    from dask_nn.clusters.kubernetes_cluster import NNKubeCluster, delete_what_is_left, describe
+    from dask_nn.clusters.kubernetes_cluster import (
+        NNKubeCluster,
+        StuckPods,
+        delete_what_is_left,
+        describe,
+    )
 
     request = _secured(request, options)
     resource = cluster_resource(request, options)
@@ -62,6 +67,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         # The operator starts a pod again that ended.
         keep=False,
         explain=describe,
+        hopeless=StuckPods().hopeless,
         close=delete_what_is_left,
     ) as client:
         yield client

@@ -26,9 +26,18 @@ if TYPE_CHECKING:
 
     from dask_nn.clusters.kubernetes_resources import KubernetesOptions
 
-__all__ = ["NNKubeCluster", "delete_what_is_left", "describe"]
+__all__ = ["NNKubeCluster", "StuckPods", "delete_what_is_left", "describe"]
 
 DELETE_TIMEOUT_S = 30
+LOG_TAIL_LINES = 10
+# States of containers that last, if they do not end by luck.
+STUCK = {
+    "CrashLoopBackOff",
+    "CreateContainerConfigError",
+    "ErrImageNeverPull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+}
 
 
 class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships no annotations
@@ -147,14 +156,71 @@ async def delete_what_is_left(cluster: Any) -> None:
 
 
 async def describe(cluster: Any) -> str:
-    """Say of each pod that is not ready what Kubernetes says of it."""
+    """Say of each pod that is not ready what Kubernetes says of it, and how its log ends."""
     lines = []
-    selector = f"dask.org/cluster-name={cluster.name}"
-    async for pod in Pod.list(namespace=cluster.namespace, label_selector=selector):
-        told: dict[str, Any] = pod if isinstance(pod, dict) else pod.to_dict()
-        if reasons := _troubles(told.get("status", {})):
-            lines.append(f"pod {told['metadata']['name']}: {'; '.join(reasons)}")
+    for pod in await _pods(cluster):
+        if reasons := _troubles(_status(pod)):
+            lines.append(f"pod {pod.name}: {'; '.join(reasons)}")
+            lines += await _log_end(pod)
     return "\n".join(lines)
+
+
+class StuckPods:
+    """Tells of pods that Kubernetes starts again and again, or not at all."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str]] = set()
+
+    async def hopeless(self, cluster: Any) -> str:
+        """Say which pods were stuck for the same reason when this was asked before, too."""
+        pods = {pod.name: pod for pod in await _pods(cluster)}
+        seen = {
+            (name, reason)
+            for name, pod in pods.items()
+            for reason, _ in _states(_status(pod))
+            if reason in STUCK
+        }
+        stuck = sorted({name for name, _ in self._seen & seen})
+        self._seen = seen
+        if not stuck:
+            return ""
+        lines = ["these pods do not start:"]
+        for name in stuck:
+            lines.append(f"pod {name}: {'; '.join(_troubles(_status(pods[name])))}")
+            lines += await _log_end(pods[name])
+        return "\n".join(lines)
+
+
+async def _pods(cluster: Any) -> list[Pod]:
+    selector = f"dask.org/cluster-name={cluster.name}"
+    listed = Pod.list(namespace=cluster.namespace, label_selector=selector)
+    return [pod async for pod in listed if isinstance(pod, Pod)]
+
+
+async def _log_end(pod: Pod) -> list[str]:
+    """Give the last lines of a container that ended and is started again."""
+    if "CrashLoopBackOff" not in dict(_states(_status(pod))):
+        return []
+    try:
+        lines = [line async for line in pod.logs(tail_lines=LOG_TAIL_LINES)]
+    except kr8s.ServerError:
+        return []
+    return ["its log ends with:", *lines] if lines else []
+
+
+def _status(pod: Pod) -> dict[str, Any]:
+    status: dict[str, Any] = pod.to_dict().get("status", {})
+    return status
+
+
+def _states(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give for each container that is not running the reason and what is said of it."""
+    return [
+        (state["reason"], state.get("message") or "")
+        for container in status.get("containerStatuses", ())
+        for state in container.get("state", {}).values()
+        if isinstance(state, dict) and state.get("reason")
+    ]
 
 
 def _troubles(status: dict[str, Any]) -> list[str]:
@@ -165,10 +231,7 @@ def _troubles(status: dict[str, Any]) -> list[str]:
         for condition in status.get("conditions", ())
         if condition.get("status") == "False" and condition.get("message")
     ]
-    for container in status.get("containerStatuses", ()):
-        for state in container.get("state", {}).values():
-            if isinstance(state, dict) and state.get("reason"):
-                said.append(" ".join(filter(None, (state["reason"], state.get("message")))))
+    said += [" ".join(filter(None, state)) for state in _states(status)]
     return said
 
 

@@ -62,7 +62,10 @@ class KubernetesOptions:
         Memory of the scheduler.
     service_type : str
         Kubernetes service of the scheduler: ``"ClusterIP"``, or ``"NodePort"`` or
-        ``"LoadBalancer"``, which others reach too, so that there is always TLS then.
+        ``"LoadBalancer"``, which others reach too, so that there is always TLS then. They also
+        reach the dashboard's port, without TLS; see docs/clusters/kubernetes.md.
+    scheduler_service : mapping
+        Further fields of the scheduler's service, such as ``loadBalancerSourceRanges``.
     idle_timeout_s : int
         The operator deletes a cluster that had nothing to do for so long, which ends the pods of a
         client that died; 0 never does.
@@ -92,6 +95,7 @@ class KubernetesOptions:
     scheduler_cores: float | str = 1
     scheduler_memory: str = "2 GiB"
     service_type: str = "ClusterIP"
+    scheduler_service: Mapping[str, Any] = field(default_factory=dict)
     idle_timeout_s: int = 3600
     tls_secret: str | None = None
     worker_pod: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +104,7 @@ class KubernetesOptions:
     port_forward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("worker_pod", "scheduler_pod"):
+        for name in ("worker_pod", "scheduler_pod", "scheduler_service"):
             value: Any = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise ConfigurationError(f"{name} must be a mapping, got {value!r}")
@@ -208,6 +212,7 @@ def cluster_resource(request: ClusterRequest, options: KubernetesOptions) -> dic
             _add_certificates(role, pod, options)
     resource["spec"]["worker"]["spec"] = merge_pod(worker, options.worker_pod)
     resource["spec"]["scheduler"]["spec"] = merge_pod(scheduler, options.scheduler_pod)
+    resource["spec"]["scheduler"]["service"].update(options.scheduler_service)
     return resource
 
 

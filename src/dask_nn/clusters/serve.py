@@ -21,12 +21,14 @@ from dask_nn.clusters.replacement import Replacement
 from dask_nn.errors import ClusterError, DaskNNError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 
     from distributed.deploy.cluster import Cluster
     from distributed.utils import LoopRunner
 
     from dask_nn.clusters.request import ClusterRequest
+
+    type Ask = Callable[[Cluster], Awaitable[str]]
 
 __all__ = ["KeptWorkers", "serve"]
 
@@ -59,8 +61,8 @@ def serve(
     make: Callable[[], Cluster | Awaitable[Cluster]],
     *,
     keep: bool = True,
-    explain: Callable[[Cluster], Awaitable[str]] | None = None,
-    hopeless: Callable[[Cluster], Awaitable[str]] | None = None,
+    explain: Ask | None = None,
+    hopeless: Ask | None = None,
     lost: Callable[[Cluster], Awaitable[Collection[Any]]] | None = None,
     close: Callable[[Cluster], Awaitable[None]] | None = None,
     close_timeout_s: float = CLOSE_TIMEOUT_S,
@@ -78,11 +80,11 @@ def serve(
         Whether a fixed number of workers needs keeping (`KeptWorkers`); not where the platform
         itself restarts what ended.
     explain : callable, optional
-        ``await explain(cluster)`` gives what the platform says of workers that did not come: the
-        queue, pending jobs, ends of logs.
+        ``await explain(cluster)`` gives what the platform says of a scheduler or workers that did
+        not come: the queue, pending jobs, ends of logs.
     hopeless : callable, optional
-        ``await hopeless(cluster)`` is asked now and then while the first workers are missing; a
-        text that is not empty says why none will come, and ends the waiting.
+        ``await hopeless(cluster)`` is asked now and then while the scheduler or the first workers
+        are missing; a text that is not empty says why they will not come, and ends the waiting.
     lost : callable, optional
         ``await lost(cluster)`` gives names of workers that have ended, as the platform sees it;
         it is asked now and then while workers to be kept are missing (`Replacement`).
@@ -109,7 +111,7 @@ def serve(
         made: list[Cluster] = []
         stack.callback(_close, runner, made, close, close_timeout_s)
         deadline = time.monotonic() + request.start_timeout_s
-        _start_cluster(runner, request, make, made)
+        _start_cluster(runner, request, make, made, explain, hopeless)
         cluster = made[0]
         client = Client(cluster, timeout=30, set_as_default=True)
         stack.callback(client.close, timeout=5)
@@ -124,9 +126,30 @@ def serve(
 
 
 def _start_cluster(
-    runner: LoopRunner, request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]
+    runner: LoopRunner,
+    request: ClusterRequest,
+    make: Callable[[], Any],
+    made: list[Cluster],
+    explain: Ask | None,
+    hopeless: Ask | None,
 ) -> None:
-    started = start_in(runner, _start(request, make, made))
+    async def start() -> None:
+        try:
+            async with asyncio.timeout(request.start_timeout_s) as limit:
+                await _unless_hopeless(_start(request, make, made), made, hopeless)
+        except DaskNNError:
+            raise
+        except Exception as error:
+            said = f"the {request.kind} cluster did not start: {reason_of(error)}"
+            told = ""
+            if isinstance(error, TimeoutError):
+                # The library has deadlines of its own, and says which.
+                if limit.expired():
+                    said = _too_late(request, "it was still starting")
+                told = await _told(explain, made[0], errors=False) if made else ""
+            raise ClusterError("\n".join(filter(None, (said, told)))) from error
+
+    started = start_in(runner, start())
     try:
         with warnings.catch_warnings(), quiet("tornado.application"):
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
@@ -138,36 +161,40 @@ def _start_cluster(
             see_through(started, SETTLE_TIMEOUT_S)
         started.cancel()
         raise
-    except DaskNNError:
-        raise
-    except Exception as error:
-        raise ClusterError(
-            f"the {request.kind} cluster did not start: {reason_of(error)}"
-        ) from error
 
 
 async def _start(request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]) -> None:
+    cluster = make()
+    if inspect.isawaitable(cluster) and not hasattr(cluster, "scheduler_info"):
+        cluster = await cluster
+    made.append(cluster)
+    # The block closes it; at the end of the process there would be no loop to do so.
+    cluster.shutdown_on_close = False
+    await cluster
+    wanted = _wanted(request, cluster)
+    if len(cluster.plan) != wanted:
+        scaled = cluster.scale(wanted)
+        if inspect.isawaitable(scaled):
+            await scaled
+        # Raises what is wrong with the workers, where they are submitted one by one.
+        await cluster
+
+
+async def _unless_hopeless(
+    waited: Coroutine[Any, Any, None], made: list[Cluster], hopeless: Ask | None
+) -> None:
+    """Wait for something as long as the platform does not say that it will not come."""
+    task = asyncio.ensure_future(waited)
+    patience_s = ASK_FIRST_AFTER_S
     try:
-        async with asyncio.timeout(request.start_timeout_s) as limit:
-            cluster = make()
-            if inspect.isawaitable(cluster) and not hasattr(cluster, "scheduler_info"):
-                cluster = await cluster
-            made.append(cluster)
-            # The block closes it; at the end of the process there would be no loop to do so.
-            cluster.shutdown_on_close = False
-            await cluster
-            wanted = _wanted(request, cluster)
-            if len(cluster.plan) != wanted:
-                scaled = cluster.scale(wanted)
-                if inspect.isawaitable(scaled):
-                    await scaled
-                # Raises what is wrong with the workers, where they are submitted one by one.
-                await cluster
-    except TimeoutError:
-        # The library has deadlines of its own, and says which.
-        if not limit.expired():
-            raise
-        raise _too_late(request, "it was still starting") from None
+        while not (await asyncio.wait({task}, timeout=patience_s))[0]:
+            if made and (reason := await _told(hopeless, made[0], errors=False)):
+                raise ClusterError(reason)
+            patience_s = min(2 * patience_s, ASK_EVERY_S_AT_MOST)
+        await task
+    finally:
+        if task.cancel():
+            await asyncio.wait({task}, timeout=SETTLE_TIMEOUT_S)
 
 
 def _wanted(request: ClusterRequest, cluster: Any) -> int:
@@ -189,32 +216,33 @@ def _wait(
     cluster: Any,
     request: ClusterRequest,
     deadline: float,
-    explain: Callable[[Cluster], Awaitable[str]] | None,
-    hopeless: Callable[[Cluster], Awaitable[str]] | None,
+    explain: Ask | None,
+    hopeless: Ask | None,
 ) -> None:
     wanted = _wanted(request, cluster)
+    came = 0
 
-    async def wait() -> str:
-        asked, patience_s = time.monotonic(), ASK_FIRST_AFTER_S
-        while (came := len(cluster.scheduler_info["workers"])) < wanted:
-            if time.monotonic() > deadline:
-                told = await _told(explain, cluster)
-                missing = str(_too_late(request, f"{came} of {wanted} workers came"))
-                return f"{missing}\n{told}" if told else missing
-            if hopeless is not None and time.monotonic() - asked > patience_s:
-                if reason := await _told(hopeless, cluster, errors=False):
-                    return reason
-                asked, patience_s = time.monotonic(), min(2 * patience_s, ASK_EVERY_S_AT_MOST)
+    async def come() -> None:
+        nonlocal came
+        while True:
+            came = len(cluster.scheduler_info["workers"])
+            if came >= wanted:
+                return
             await asyncio.sleep(LOOK_EVERY_S)
-        return ""
 
-    if problem := run_in(runner, wait()):
-        raise ClusterError(problem)
+    async def wait() -> None:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await _unless_hopeless(come(), [cluster], hopeless)
+        except TimeoutError:
+            said = _too_late(request, f"{came} of {wanted} workers came")
+            told = await _told(explain, cluster)
+            raise ClusterError("\n".join(filter(None, (said, told)))) from None
+
+    run_in(runner, wait())
 
 
-async def _told(
-    ask: Callable[[Cluster], Awaitable[str]] | None, cluster: Cluster, *, errors: bool = True
-) -> str:
+async def _told(ask: Ask | None, cluster: Cluster, *, errors: bool = True) -> str:
     """Ask the platform; that it gives no answer is told, or is nothing."""
     if ask is None:
         return ""
@@ -225,8 +253,8 @@ async def _told(
         return reason_of(error) if errors else ""
 
 
-def _too_late(request: ClusterRequest, what: str) -> ClusterError:
-    return ClusterError(
+def _too_late(request: ClusterRequest, what: str) -> str:
+    return (
         f"the {request.kind} cluster was not there within {request.start_timeout_s:g} s: {what}; "
         "wait longer (start_timeout_s=, --start-timeout), or ask for less"
     )
