@@ -16,6 +16,7 @@ from dask_nn.cli.cluster_options import SYNONYMS
 from dask_nn.cli.job_file import read_job
 from dask_nn.cli.job_keys import EXAMPLE, SECTIONS
 from dask_nn.cli.main import nn as commands
+from dask_nn.cli.train import _options as options_of
 from dask_nn.errors import ConfigurationError
 
 MODEL = """
@@ -170,8 +171,11 @@ def test_the_example_has_every_key_and_can_be_read(tmp_path):
         ("blobs.zarr", "none.zarr", "no such folder"),
         ("train =", "#", "[data] needs train"),
         ("lr = 0.1", "lr = ", "is no TOML file"),
-        ("lr = 0.1", 'lr = "much"', "optimizer"),
+        ("lr = 0.1", 'lr = "much"', "[optimizer] SGD:"),
+        ("lr = 0.1", "lrr = 0.1", "[optimizer] SGD:"),
+        ("step_size", "stepsize", "[schedule] StepLR:"),
         ("hidden = 12", "hiden = 12", "hiden"),
+        ("shards = 2", 'device = "gpu"', "device must be one of 'cpu', 'cuda'"),
         ("[cluster]", '[cluster]\nscheduler = "tcp://127.0.0.1:1"', "give either"),
         ('weights = "resident', 'weights = "nowhere/x', "is no folder"),
     ],
@@ -183,7 +187,26 @@ def test_mistakes_are_named_before_any_work(folder, old, new, message):
     result = run("train", folder / "bad.toml")
     assert result.exit_code == 2, result.output
     assert message in result.output
+    assert "dask-nn on" not in result.output, "a cluster was started for it"
     assert not list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "device"),
+    [("cluster", "gpus = 1", "cuda"), ("training", 'device = "cuda"', "cuda"), ("", "", "cpu")],
+)
+def test_workers_with_gpus_train_on_them(folder, table, key, device):
+    text = (folder / "resident.toml").read_text()
+    (folder / "job.toml").write_text(text.replace(f"[{table}]", f"[{table}]\n{key}"))
+    assert options_of(read_job(folder / "job.toml"))["device"] == device
+
+
+def test_a_device_that_no_worker_has_is_said(folder):
+    text = (folder / "resident.toml").read_text()
+    (folder / "job.toml").write_text(text.replace("[training]", '[training]\ndevice = "cuda"'))
+    result = run("train", folder / "job.toml")
+    assert result.exit_code != 0
+    assert "start workers that see a CUDA device" in result.output
 
 
 def test_a_file_that_is_not_there(tmp_path):

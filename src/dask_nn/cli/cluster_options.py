@@ -94,6 +94,11 @@ class ClusterChoice:
         )
 
 
+def default_device(gpus: Any, engine: Any) -> str:
+    """Give the device of a training of which nothing is said: the GPUs that were asked for."""
+    return "cuda" if gpus and engine != "graph" else "cpu"
+
+
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that choose a cluster to a command, as its last ones."""
     positive = click.IntRange(min=1)

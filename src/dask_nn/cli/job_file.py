@@ -16,6 +16,8 @@ from dask_nn.errors import ConfigurationError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from torch import nn
+
 __all__ = ["JobFile", "read_job"]
 
 
@@ -79,7 +81,7 @@ class JobFile:
         options = dict(self.loss)
         found = self.imported("loss", options.pop("name"), home="torch.nn")
         return (
-            self._made("loss", found, options)
+            self._made("loss", partial(found, **options))
             if isinstance(found, type)
             else (partial(found, **options) if options else found)
         )
@@ -101,6 +103,24 @@ class JobFile:
         every = options.pop("every", "epoch")
         home = "torch.optim.lr_scheduler"
         return partial(self.imported("schedule", options.pop("name"), home=home), **options), every
+
+    def check_optimizer(self, model: nn.Module) -> None:
+        """Make the optimizer and the schedule of a model once, to see whether their arguments fit.
+
+        Raises
+        ------
+        ConfigurationError
+            If they do not.
+        """
+        from torch.nn.parameter import is_lazy
+
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters or any(map(is_lazy, parameters)):
+            return  # train says that there are none, or learns their shapes first
+        optimizer = self._made("optimizer", partial(self.make_optimizer(), parameters))
+        make_schedule, _ = self.make_schedule()
+        if make_schedule is not None:
+            self._made("schedule", partial(make_schedule, optimizer))
 
     def imported(self, section: str, name: Any, *, home: str | None = None) -> Any:
         """Import something by its name.
@@ -133,11 +153,12 @@ class JobFile:
         except ImportError as error:
             raise self._error(section, f"{name} cannot be imported: {error}") from error
 
-    def _made(self, section: str, kind: type, options: dict[str, Any]) -> Any:
+    def _made(self, section: str, make: Callable[[], Any]) -> Any:
         try:
-            return kind(**options)
+            return make()
         except (TypeError, ValueError) as error:
-            raise self._error(section, f"{kind.__name__}: {error}") from error
+            name = getattr(self, section)["name"]
+            raise self._error(section, f"{name}: {error}") from error
 
     def _table(self, value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):

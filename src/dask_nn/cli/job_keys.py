@@ -46,6 +46,7 @@ seed = 0
 # shards = 4                  # fixed, the bits are the same on any number of workers
 # threads_per_rank = 1
 # engine = "spmd"             # or "graph"
+# device = "cpu"              # or "cuda", which is the default where [cluster] has gpus
 # shuffle = true              # "within" or false
 # window = 10                 # blocks among which a shard shuffles
 # clip_grad_norm = 1.0
@@ -107,6 +108,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "shards",
         "threads_per_rank",
         "engine",
+        "device",
         "shuffle",
         "window",
         "clip_grad_norm",

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dask_nn.cli.cluster_options import ClusterChoice, choose_cluster, cluster_options
+from dask_nn.cli.cluster_options import (
+    ClusterChoice,
+    choose_cluster,
+    cluster_options,
+    default_device,
+)
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
@@ -85,6 +90,11 @@ class _Places:
     help="A gang of ranks, or a graph of Dask tasks.",
 )
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where dask-nn computes. Default: cuda with --gpus, else cpu.",
+)
+@click.option(
     "--seed",
     type=_SEED,
     default=0,
@@ -122,6 +132,7 @@ def mnist(
     hidden: int,
     shards: int | None,
     engine: Literal["spmd", "graph"],
+    device: Literal["cpu", "cuda"] | None,
     seed: int,
     no_sequential: bool,
     checkpoint: str | None,
@@ -153,6 +164,7 @@ def mnist(
         hidden_size=hidden,
         shards=shards,
         engine=engine,
+        device=device or default_device(cluster["gpus"], engine),
         seed=seed,
     )
     console = Console(highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dask_nn.cli.cluster_options import from_table
+from dask_nn.cli.cluster_options import default_device, from_table
 from dask_nn.cli.interrupts import ending_at_once
 from dask_nn.cli.job_data import open_training
 
@@ -118,7 +118,9 @@ def _options(job: JobFile) -> dict[str, Any]:
     training = dict(job.training)
     strategy = {key: training.pop(key) for key in ("shards", "threads_per_rank") if key in training}
     scheduler, every = job.make_schedule()
-    options = training | {
+    device = default_device(job.cluster.get("gpus"), training.get("engine"))
+    options = {"device": device} | training
+    options |= {
         "loss": job.make_loss(),
         "optimizer": job.make_optimizer(),
         "lr_scheduler": scheduler,
@@ -148,6 +150,7 @@ def _check(job: JobFile, options: dict[str, Any], *, resume: bool, validated: bo
         if checked.checkpoint is not None and not isinstance(metrics, dict):
             names = [metrics] if isinstance(metrics, str) else list(metrics)
             check_best_name(checked.checkpoint, names, validated=validated)
+        job.check_optimizer(checked.make_model())
     except ConfigurationError as error:
         raise ConfigurationError(f"{job.path}: {error}") from error
 

@@ -60,6 +60,8 @@ class Job:
         Logical replicas of dask-nn; as it sees fit by default.
     engine : str
         ``"spmd"`` or ``"graph"``.
+    device : str
+        Where dask-nn computes: ``"cpu"`` or ``"cuda"``.
     seed : int
         Sets the first weights and the order of the samples.
     """
@@ -70,6 +72,7 @@ class Job:
     hidden_size: int = 128
     shards: int | None = None
     engine: Literal["spmd", "graph"] = "spmd"
+    device: str = "cpu"
     seed: int = 0
 
 
@@ -192,6 +195,9 @@ def check(job: Job, num_samples: int) -> None:
             f"and {num_samples} samples; use a smaller batch"
         )
         raise ConfigurationError(message)
+    if job.engine == "graph" and job.device != "cpu":
+        message = f"engine {job.engine!r} computes on the CPU, got device {job.device!r}"
+        raise ConfigurationError(message)
     Plan(block_lengths=(num_samples,), shards=job.shards or 1, batch_size=job.batch_size)
 
 
@@ -278,6 +284,7 @@ def train_parallel(
         metrics=["accuracy"],
         strategy=Synchronous(shards=job.shards),
         engine=job.engine,
+        device=job.device,
         transform=scale,
         seed=job.seed,
         callbacks=callbacks,
