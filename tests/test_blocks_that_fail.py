@@ -138,6 +138,17 @@ def unsteady(number: int, folder: str, times: int) -> np.ndarray[Any, Any]:
     return rows_of(number)
 
 
+def fails_each_second_time(number: int, folder: str) -> np.ndarray[Any, Any]:
+    """Fail in block 0 at the first, third, ... attempt."""
+    if number == 0:
+        tried = len(list(Path(folder).iterdir()))
+        Path(folder, f"{tried}").touch()
+        if tried % 2 == 0:
+            message = "the store does not answer"
+            raise OSError(message)
+    return rows_of(number)
+
+
 @pytest.fixture
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (inference, evaluation):
@@ -159,6 +170,23 @@ def test_a_store_that_goes_on_failing_is_named(call, client, tmp_path) -> None:
     text = r"block 2 could not be computed on worker .* after 4 attempts: OSError: the store does"
     with pytest.raises(DataError, match=text):
         call(blocks(unsteady, str(tmp_path), 9))
+
+
+@pytest.mark.parametrize("engine", ["spmd", "graph"])
+def test_training_asks_a_store_again_that_fails_for_a_moment(engine, client, tmp_path) -> None:
+    """Before it, when blocks are looked at, and in a step."""
+    options: dict[str, Any] = {
+        "loss": nn.CrossEntropyLoss(),
+        "optimizer": partial(torch.optim.SGD, lr=0.01),
+        "batch_size": 10,
+        "memory": "stream",
+        "engine": engine,
+        "strategy": dask_nn.Synchronous(shards=2),
+    }
+    expected = dask_nn.train(network(), da.from_array(X, chunks=(10, 5)), Y, **options)
+    found = dask_nn.train(network(), blocks(fails_each_second_time, str(tmp_path)), Y, **options)
+    assert found.weights_sha256 == expected.weights_sha256
+    assert len(list(tmp_path.iterdir())) >= 4, "the block was not looked at and then read"
 
 
 class Fussy(nn.Module):

@@ -106,7 +106,8 @@ def _set(trim_bytes: int, mmap_bytes: int, pad_bytes: int, *, give_back: bool = 
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, trim_bytes)
-        libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        if not libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes):  # older ones take half a heap at most
+            libc.mallopt(M_MMAP_THRESHOLD, HEAP_BYTES // 2)
         libc.mallopt(M_TOP_PAD, pad_bytes)
         if give_back:
             libc.malloc_trim(0)

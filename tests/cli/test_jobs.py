@@ -162,7 +162,16 @@ def test_several_parquet_files_give_their_rows_in_order(folder, tmp_path, blobs)
         "predict", *trained, "--input", folder / "X.npy", "--output", tmp_path / "raw", "--raw"
     )
     assert result.exit_code == 0, result.output
+    result = run(
+        "predict", *trained[:1], job, *trained[2:], "--input",
+        f"parquet:{folder / 'parts' / '*.parquet'}", "--output", f"parquet:{tmp_path / 'classes'}",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
     found = pd.read_parquet(tmp_path / "labels").to_numpy()
+    classes = pd.read_parquet(tmp_path / "classes")
+    assert list(classes.columns) == ["prediction"]
+    np.testing.assert_array_equal(classes.index, range(600))
+    np.testing.assert_array_equal(classes["prediction"], found.argmax(axis=1))
     np.testing.assert_allclose(found, np.load(tmp_path / "raw"), rtol=1e-4, atol=1e-5)
 
 

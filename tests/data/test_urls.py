@@ -136,6 +136,16 @@ def test_a_file_whose_type_changes_is_refused(name, tmp_path):
         found.compute()
 
 
+@pytest.mark.parametrize("other", [np.ones((3, 4), "f4"), np.ones((3, 3), "f8")])
+def test_files_of_one_pattern_must_hold_equal_rows(tmp_path, other):
+    np.save(tmp_path / "1.npy", np.ones((5, 3), "f4"))
+    np.save(tmp_path / "2.npy", other)
+    with pytest.raises(
+        DataError, match=r"2.npy holds rows of .* expected \(3,\) and float32 as in"
+    ):
+        open_data(f"npy:{tmp_path}/*.npy")
+
+
 @pytest.mark.parametrize(
     ("url", "kind", "message"),
     [

@@ -255,12 +255,22 @@ def _as_zarr_array(predictions: Any) -> Any:
 def _write_parquet(predictions: Any, place: str) -> None:
     import dask.dataframe as dd
 
-    named = predictions if isinstance(predictions, dict) else {"prediction": predictions}
-    indexed = all(hasattr(part, "to_parquet") for part in named.values())
-    frames = [part if indexed else _as_frame(part, str(name)) for name, part in named.items()]
-    frames = [frame.to_frame() if hasattr(frame, "to_frame") else frame for frame in frames]
+    from dask_nn.data.inputs.frames import is_dask_frame
+
+    single = not isinstance(predictions, dict)
+    named = {"prediction": predictions} if single else predictions
+    indexed = all(map(is_dask_frame, named.values()))
+    frames = []
+    for name, part in named.items():
+        if not indexed:
+            frames.append(_as_frame(part, str(name)))
+        elif part.ndim == 1:
+            frames.append(part.to_frame(str(name)))
+        else:
+            prefix = "" if single else f"{name}_"
+            frames.append(part.rename(columns={c: f"{prefix}{c}" for c in part.columns}))
     # Partitions of the same rows, one for one.
-    table = frames[0] if len(frames) == 1 else dd.concat(frames, axis=1)
+    table = frames[0] if single else dd.concat(frames, axis=1)
     table.to_parquet(place, write_index=indexed)
 
 

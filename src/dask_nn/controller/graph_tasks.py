@@ -179,10 +179,12 @@ def open_window(
 
 def compute_block(place: Place, order: bytes, shared: list[Any]) -> list[Any]:
     """Compute a block of a stream, for the step and shard that need it first."""
+    from dask_nn.data.reader import with_retries
+
     with _named(place):
         stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
         values = stream.values | dict(zip(stream.shared, shared, strict=False))
-        return list(stream.compute(0, 0, values))
+        return list(with_retries(lambda: stream.compute(0, 0, values)))
 
 
 def shard_gradient(

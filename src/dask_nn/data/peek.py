@@ -11,6 +11,7 @@ import numpy as np
 from distributed import Future
 
 from dask_nn.data.finite import check_found, not_finite
+from dask_nn.data.reader import with_retries
 from dask_nn.data.sending import gather
 from dask_nn.data.stream import Stream, Surveyor, needed_keys
 from dask_nn.errors import ClusterError, DataError
@@ -191,7 +192,10 @@ def _heads(order: bytes, shared: list[Any]) -> list[list[Array]]:
     few, takes = cloudpickle.loads(order)
     values = few.values | dict(zip(few.shared, shared, strict=False))
     return [
-        [_head(array, take) for array in few.compute(number, few.starts[number], values)]
+        [
+            _head(array, take)
+            for array in with_retries(partial(few.compute, number, few.starts[number], values))
+        ]
         for number, take in enumerate(takes)
     ]
 

@@ -22,12 +22,44 @@ if TYPE_CHECKING:
 
     from dask_nn.data.stream import Stream
 
-__all__ = ["Block", "BlockReader", "ClusterReader", "MemoryReader", "StreamReader"]
+__all__ = [
+    "Block",
+    "BlockReader",
+    "ClusterReader",
+    "MemoryReader",
+    "StreamReader",
+    "with_retries",
+]
 
 # A store that fails is asked again after these pauses.
 RETRY_PAUSES_S = (0.2, 1.0, 3.0)
 
 type Block = tuple[np.ndarray[Any, Any], ...]
+
+
+def with_retries[T](read: Callable[[], T], check: Callable[[], None] | None = None) -> T:
+    """Read, and read again after a pause what looks like a moment's trouble of a store.
+
+    Parameters
+    ----------
+    read : callable
+        Reads.
+    check : callable, optional
+        Called before another attempt; may raise to end it.
+
+    Raises
+    ------
+    OSError
+        That of the last of ``len(RETRY_PAUSES_S) + 1`` attempts; other errors at once.
+    """
+    for pause_s in RETRY_PAUSES_S:
+        try:
+            return read()
+        except OSError:  # a file system or a store that fails for a moment
+            time.sleep(pause_s)
+        if check is not None:
+            check()
+    return read()
 
 
 class BlockReader(ABC):
@@ -188,18 +220,19 @@ class StreamReader(BlockReader):
     def read(self, block: int) -> Block:
         """Compute the arrays of a block; what looks like a moment's trouble is tried again."""
         shared = self._shared_values(block)
-        for pause_s in (*RETRY_PAUSES_S, None):
+
+        def compute() -> Block:
             try:
                 return self._stream.compute(block, self._starts[block], shared)
-            except OSError as error:  # a file system or a store that fails for a moment
-                if pause_s is None:
-                    raise self._failed(block, error, len(RETRY_PAUSES_S) + 1) from error
-                time.sleep(pause_s)
-                if self._check is not None:
-                    self._check()
+            except OSError:
+                raise
             except Exception as error:
                 raise self._failed(block, error, 1) from error
-        raise AssertionError(block)  # pragma: no cover
+
+        try:
+            return with_retries(compute, self._check)
+        except OSError as error:
+            raise self._failed(block, error, len(RETRY_PAUSES_S) + 1) from error
 
     def read_many(self, blocks: Sequence[int]) -> Iterator[Block]:
         """Compute blocks one after the other, some ahead of the one that is given."""

@@ -7,6 +7,7 @@ import pickle
 import traceback
 import uuid
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, batched
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dask.sizeof import sizeof
 from distributed import Future, get_worker
 
 from dask_nn.data.problem import Problem
+from dask_nn.data.reader import with_retries
 from dask_nn.data.recipes import Literal, Recipe, cook
 from dask_nn.data.sending import gather, send
 
@@ -214,7 +216,7 @@ def _look(order: bytes, shared: list[Any]) -> list[Any]:
     found: list[Any] = []
     for number, recipe in numbered:
         try:
-            found.append(function(cook(recipe, values)))
+            found.append(function(with_retries(partial(cook, recipe, values))))
         except Exception as error:
             address = ""
             with contextlib.suppress(ValueError):  # not on a worker

@@ -216,6 +216,13 @@ def _open_npy(place: str, _: str | None, block_size_bytes: int) -> Any:
     for path in paths:
         header = np.load(path, mmap_mode="r", allow_pickle=False)
         rows.append(_NpyRows(path, header.shape, header.dtype))
+        first = rows[0]
+        if (rows[-1].shape[1:], rows[-1].dtype) != (first.shape[1:], first.dtype):
+            message = (
+                f"{path} holds rows of shape {header.shape[1:]} and type {header.dtype}, expected "
+                f"{first.shape[1:]} and {first.dtype} as in {first.path}"
+            )
+            raise DataError(message)
     arrays = [_in_blocks(one, block_size_bytes) for one in rows]
     return da.concatenate(arrays)
 

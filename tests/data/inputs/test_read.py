@@ -145,6 +145,26 @@ def test_what_cannot_be_read_is_named(arguments, options, message):
         read_inputs(make(), *rest, **options)
 
 
+@pytest.mark.parametrize("target", [None, "kind"])
+def test_categories_are_those_of_the_whole_table_in_every_partition(target):
+    table = pd.DataFrame({"a": range(8), "kind": list("aabbbbcc")})
+
+    def part(rows, order):
+        return rows.assign(kind=pd.Categorical(rows.kind, categories=list(order)))
+
+    parts = [delayed(part)(rows, order) for rows, order in ((table[:4], "abc"), (table[4:], "cba"))]
+    read = read_inputs(dd.from_delayed(parts), target, needs_target=False)
+    codes = read["y"].compute() if target else read["X"].compute()[:, 1]
+    np.testing.assert_array_equal(codes, [0, 0, 1, 1, 1, 1, 2, 2])
+
+
+def test_a_category_that_the_whole_table_does_not_tell_is_named():
+    table = dd.from_pandas(pd.DataFrame({"a": range(8), "kind": list("aabbbbcc")}), npartitions=2)
+    each = table.map_partitions(lambda rows: rows.assign(kind=rows.kind.astype("category")))
+    with pytest.raises(DataError, match=r"'kind' of X has the category 'b'.*call categorize\(\)"):
+        read_inputs(each, needs_target=False)["X"].compute()
+
+
 def test_unknown_categories_say_what_to_do():
     table = dd.from_pandas(frame().assign(c=pd.Categorical(["a"] * 12)), npartitions=2)
     with pytest.raises(DataError, match=r"categorize"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from dask_nn.data.inputs.parts import array_of_parts
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "Indexed",
@@ -129,12 +129,15 @@ class Table:
         Its type.
     name : str
         How errors call it.
+    categories : dict
+        Of each column of categories, those that its codes count.
     """
 
     columns: tuple[Any, ...]
     flat: bool
     dtype: np.dtype[Any]
     name: str
+    categories: dict[Any, Any] = field(default_factory=dict)
 
     def encode(self, frame: Any) -> np.ndarray[Any, Any]:
         """Give the rows of a pandas table; shape (rows, columns), or (rows,)."""
@@ -153,8 +156,8 @@ class Table:
 
     def _column(self, series: Any) -> np.ndarray[Any, Any]:
         if series.dtype.name == "category":
-            codes = np.asarray(series.cat.codes)
-            self._refuse_missing(codes < 0, series)
+            self._refuse_missing(np.asarray(series.isna()), series)
+            codes = np.asarray(self._with_known_categories(series).cat.codes)
             return codes.astype(self.dtype)
         if hasattr(series.dtype, "na_value") and not isinstance(series.dtype, np.dtype):
             missing = np.asarray(series.isna())
@@ -163,6 +166,22 @@ class Table:
             self._refuse_missing(missing, series)
             return np.asarray(series.to_numpy(dtype=self.dtype))
         return np.asarray(series).astype(self.dtype, copy=False)
+
+    def _with_known_categories(self, series: Any) -> Any:
+        """Give a column the categories of the whole table; a partition may have others."""
+        known = self.categories[series.name]
+        if series.cat.categories.equals(known):
+            return series
+        ours = series.cat.set_categories(known)
+        if (strange := np.asarray(ours.isna())).any():
+            listed = ", ".join(map(repr, known[:8])) + (", ..." if len(known) > 8 else "")
+            message = (
+                f"column {series.name!r} of {self.name} has the category "
+                f"{series[strange].iloc[0]!r}, which is none of those of the whole DataFrame "
+                f"({listed}); call categorize() on it"
+            )
+            raise DataError(message)
+        return ours
 
     def _refuse_missing(self, missing: np.ndarray[Any, Any], series: Any) -> None:
         if missing.any():
@@ -177,7 +196,7 @@ def _tables(frame: Any, *, name: str, target: Any, weight: Any, features: Any) -
     meta = frame._meta if is_dask_frame(frame) else frame  # noqa: SLF001
     if frame.ndim == 1:
         dtype = _dtype_of(meta, meta.name, name, nan=name != "y")
-        return {name: Table((meta.name,), flat=True, dtype=dtype, name=name)}
+        return {name: Table((meta.name,), True, dtype, name, _categories([meta]))}
     columns = list(meta.columns)
     taken = {}
     for key, wanted in (("y", target), ("sample_weight", weight)):
@@ -202,7 +221,12 @@ def _tables(frame: Any, *, name: str, target: Any, weight: Any, features: Any) -
 
 def _table(meta: Any, columns: list[Any], name: str, *, flat: bool) -> Table:
     types = [_dtype_of(meta[column], column, name, nan=name != "y") for column in columns]
-    return Table(tuple(columns), flat=flat, dtype=np.result_type(*types), name=name)
+    categories = _categories(meta[column] for column in columns)
+    return Table(tuple(columns), flat, np.result_type(*types), name, categories)
+
+
+def _categories(columns: Iterable[Any]) -> dict[Any, Any]:
+    return {one.name: one.cat.categories for one in columns if one.dtype.name == "category"}
 
 
 def _check_exist(wanted: Sequence[Any], columns: Sequence[Any], what: str) -> None:
