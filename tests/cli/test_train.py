@@ -177,6 +177,11 @@ def test_the_example_has_every_key_and_can_be_read(tmp_path):
         ("hidden = 12", "hiden = 12", "hiden"),
         ("shards = 2", 'device = "gpu"', "device must be one of 'cpu', 'cuda'"),
         ("[cluster]", '[cluster]\nscheduler = "tcp://127.0.0.1:1"', "give either"),
+        (
+            "[cluster]",
+            '[recovery]\nhang_timeout_s = "10"\n[cluster]',
+            "[recovery] hang_timeout_s must be a",
+        ),
         ('weights = "resident', 'weights = "nowhere/x', "is no folder"),
     ],
 )

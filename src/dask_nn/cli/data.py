@@ -248,7 +248,7 @@ def _as_zarr_array(predictions: Any) -> Any:
     chunks = predictions.chunks[0]
     if len(set(chunks[:-1])) > 1 or chunks[-1] > chunks[0]:
         # Only neighbours are joined or cut for it.
-        predictions = predictions.rechunk({0: max(chunks)})
+        predictions = predictions.rechunk({0: max(chunks)}, method="tasks")
     return predictions
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from dask_nn.cli.interrupts import ending_at_once
 from dask_nn.cli.job_data import open_training
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from dask_nn.cli.job_file import JobFile
@@ -116,7 +119,9 @@ def _options(job: JobFile) -> dict[str, Any]:
     from dask_nn.training.strategies import Synchronous
 
     training = dict(job.training)
-    strategy = {key: training.pop(key) for key in ("shards", "threads_per_rank") if key in training}
+    strategy: dict[str, Any] = {
+        key: training.pop(key) for key in ("shards", "threads_per_rank") if key in training
+    }
     scheduler, every = job.make_schedule()
     device = default_device(job.cluster.get("gpus"), training.get("engine"))
     options = {"device": device} | training
@@ -127,15 +132,25 @@ def _options(job: JobFile) -> dict[str, Any]:
         "lr_scheduler_every": every,
         "transform": job.transform(),
         "memory": job.data.get("memory", "auto"),
-        "strategy": Synchronous(**strategy),
-        "recovery": Recovery(**job.recovery),
+        "strategy": _made(job, "training", Synchronous, strategy),
+        "recovery": _made(job, "recovery", Recovery, job.recovery),
     }
     if job.checkpoint:
         if "url" not in job.checkpoint:
             raise ConfigurationError(f"{job.path}: [checkpoint] needs url")
         table = dict(job.checkpoint)
-        options["checkpoint"] = Checkpoint(job.place(table.pop("url")), **table)
+        make = partial(Checkpoint, job.place(table.pop("url")))
+        options["checkpoint"] = _made(job, "checkpoint", make, table)
     return options
+
+
+def _made(job: JobFile, section: str, make: Callable[..., Any], table: dict[str, Any]) -> Any:
+    from dask_nn.errors import ConfigurationError
+
+    try:
+        return make(**table)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{job.path}: [{section}] {error}") from error
 
 
 def _check(job: JobFile, options: dict[str, Any], *, resume: bool, validated: bool) -> None:

@@ -59,12 +59,12 @@ class Recovery:
         }
         for name, (value, least) in bounds.items():
             if value is not None and not (_is_number(value) and value >= least):
-                message = f"{name} must be at least {least}, got {value!r}"
+                message = f"{name} must be a number of at least {least}, got {value!r}"
                 raise ConfigurationError(message)
         if not (_is_number(self.hang_timeout_s) and self.hang_timeout_s > 1):
             message = (
-                "hang_timeout_s must be above 1, the seconds between two signs of life, got "
-                f"{self.hang_timeout_s!r}"
+                "hang_timeout_s must be a number above 1, the seconds between two signs of life, "
+                f"got {self.hang_timeout_s!r}"
             )
             raise ConfigurationError(message)
 
