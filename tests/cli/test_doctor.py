@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dask_nn.cli.main import nn
@@ -13,12 +14,42 @@ def doctor(*arguments, columns=80):
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(nn, ["doctor", *map(str, arguments)])
 
 
+def lines_of(result):
+    return {line["check"]: line for line in json.loads(result.stdout)["lines"]}
+
+
 def test_a_cluster_of_its_own_is_in_order():
     result = doctor("--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert {line["check"]: line["status"] for line in found["lines"]}["bits"] == "ok"
     assert all(line["status"] != "fail" for line in found["lines"])
+
+
+@pytest.fixture
+def _no_card(monkeypatch):
+    """Let workers be promised a card that this machine does not have."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+
+
+@pytest.mark.usefixtures("_no_card")
+def test_a_gpu_that_was_asked_for_and_is_not_seen_is_a_failure():
+    result = doctor("--json", "--workers", 1, "--gpus", 1)
+    assert result.exit_code == 1, result.output
+    line = lines_of(result)["GPU"]
+    assert line["status"] == "fail"
+    assert line["found"].startswith("asked for, but no worker sees one: tcp://127.0.0.1:")
+    for word in ("driver", "container", "built with CUDA", "batch system"):
+        assert word in line["remedy"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the workers of this machine see a card")
+def test_a_running_cluster_is_told_too_what_its_workers_shall_see(cluster2):
+    result = doctor("--scheduler", cluster2.scheduler_address, "--json", "--gpus", 1)
+    assert result.exit_code == 1, result.output
+    assert lines_of(result)["GPU"]["status"] == "fail"
+    result = doctor("--scheduler", cluster2.scheduler_address, "--json", "--gpus", 0)
+    assert lines_of(result)["GPU"]["status"] == "ok"
 
 
 @pytest.mark.parametrize("columns", [80, 100])

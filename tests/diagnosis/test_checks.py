@@ -28,6 +28,7 @@ VERSIONS = {
 CARD = {"uuid": "GPU-1", "name": "NVIDIA H100", "memory_mib": 81_559}
 
 SECOND_CARD = CARD | {"uuid": "GPU-2"}
+ONE_CARD = {"gpus": [CARD], "num_cuda_devices": 1, "cuda": "12.8", "nccl": True}
 TWO_CARDS = {"gpus": [CARD, SECOND_CARD], "num_cuda_devices": 1, "nccl": True}
 
 
@@ -235,7 +236,39 @@ FAULTS = {
             "first": {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
             "second": {"gpus": [SECOND_CARD | {"name": "T4"}], "num_cuda_devices": 1, "nccl": True},
         },
-        ("GPU", "warn", "mixed: NVIDIA H100, T4", "one kind"),
+        ("GPU", "warn", "mixed: NVIDIA H100 on 1 worker, T4 on 1 worker; training", "one kind"),
+    ),
+    "a card on one worker of two": (
+        {"first": ONE_CARD},
+        (
+            *("GPU", "warn"),
+            f"mixed: NVIDIA H100 on 1 of 2 workers, no card on {SECOND}, where no rank would run",
+            "one card each",
+        ),
+    ),
+    "cards that were asked for and nobody sees": (
+        {"gpus": 1},
+        (
+            *("GPU", "fail"),
+            f"asked for, but no worker sees one: {FIRST}, {SECOND}: neither nvidia-smi nor PyTorch",
+            "nvidia-smi on that host",
+        ),
+    ),
+    "a card that was asked for and one worker does not see": (
+        {"gpus": 1, "first": ONE_CARD, "second": {"cuda": "12.8"}},
+        (
+            *("GPU", "fail"),
+            f"not seen by 1 of 2 workers: {SECOND}: neither nvidia-smi nor PyTorch shows one",
+            "docker run --gpus all",
+        ),
+    ),
+    "a card that was asked for and PyTorch does not see": (
+        {"gpus": 1, "first": ONE_CARD, "second": {"gpus": [SECOND_CARD]}},
+        (
+            *("GPU", "fail"),
+            f"{SECOND}: the driver shows NVIDIA H100, not so PyTorch, which is built without CUDA",
+            "built with CUDA",
+        ),
     ),
     "one direction that is blocked": (
         {
@@ -354,8 +387,17 @@ def seeing(listed: str, count: int = 1) -> dict:
     ],
 )
 def test_workers_that_each_have_a_card_are_in_order(first, second, name):
-    line = examine(cluster(first=first | {"cuda": "12.8"}, second=second))["GPU"]
-    assert (line.status, line.found) == ("ok", f"{name}, CUDA 12.8, one for each of 2")
+    line = examine(cluster(first=first | {"cuda": "12.8"}, second=second, gpus=1))["GPU"]
+    text = f'{name}, CUDA 12.8, one for each of 2; training uses them only with device="cuda"'
+    assert (line.status, line.found) == ("ok", text)
+
+
+def test_a_card_that_was_asked_for_is_not_missed_where_pytorch_is_not_loaded():
+    """Another line says why it is not; whether PyTorch would see the card is not known."""
+    unloaded = {"gpus": [CARD], "torch_threads": 0}
+    line = examine(cluster(first=unloaded, second=TWO_CARDS, gpus=1))["GPU"]
+    assert line.status == "warn"
+    assert f"no CUDA device on {FIRST}" in line.found
 
 
 def test_a_run_and_the_doctor_mean_the_same_by_a_host():

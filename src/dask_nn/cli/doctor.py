@@ -59,6 +59,10 @@ def doctor(
     The cluster is one that runs (--scheduler), or is started for it (--cluster, by default on this
     machine) and closed. The exit code is 1 if training cannot work, else 0.
     """
+    gpus = cluster["gpus"] or 0
+    if cluster["scheduler"] is not None:
+        # Nothing is started there: it says what its workers shall see.
+        cluster["gpus"] = None
     choice = choose_cluster(**cluster) or ClusterChoice()
     with ending_at_once():
         from dask_nn.diagnosis.examine import examine
@@ -71,7 +75,7 @@ def doctor(
     try:
         # Nothing is imported before it is known whether workers have the memory for it.
         with choice.open(()) as client:
-            report = _examine(client, X, data, int(parameters), timeout_s)
+            report = _examine(client, X, data, int(parameters), gpus, timeout_s)
     except SchedulerUnreachable:
         report = examine(silent_scheduler(choice.options["address"]))
     except ClusterError as error:
@@ -88,11 +92,15 @@ def _open(url: str) -> Any:
     return open_data(url)
 
 
-def _examine(client: Client, X: Any, url: str | None, parameters: int, timeout_s: float) -> Report:
+def _examine(
+    client: Client, X: Any, url: str | None, parameters: int, gpus: int, timeout_s: float
+) -> Report:
     from dask_nn.diagnosis.doctor import doctor as look
 
     modules = READERS.get(url.partition(":")[0], ()) if url else ()
-    return look(X, client=client, modules=modules, parameters=parameters, timeout_s=timeout_s)
+    return look(
+        X, client=client, modules=modules, parameters=parameters, gpus=gpus, timeout_s=timeout_s
+    )
 
 
 def _show(report: Report) -> None:

@@ -206,6 +206,8 @@ class ClusterFacts:
         The client's time, in seconds since 1970.
     parameters : int
         Size of the model to make room for.
+    gpus : int
+        GPUs of each worker that were asked for: 0 or 1.
     timeout_s : float
         How long an answer was waited for.
     """
@@ -230,6 +232,7 @@ class ClusterFacts:
     data: DataFacts | None = None
     now_s: float = 0.0
     parameters: int = 10_000_000
+    gpus: int = 0
     timeout_s: float = 60.0
 
     @property

@@ -43,6 +43,7 @@ def gather(
     data: DataFacts | None = None,
     modules: Sequence[str] = (),
     parameters: int = 10_000_000,
+    gpus: int = 0,
     timeout_s: float = 60.0,
 ) -> ClusterFacts:
     """Ask a cluster for everything that the checks look at.
@@ -59,6 +60,8 @@ def gather(
         Packages that workers need for the data.
     parameters : int
         Size of the model to make room for.
+    gpus : int
+        GPUs of each worker that were asked for: 0 or 1.
     timeout_s : float
         Deadline of one question; those that are put to all workers are put at once.
     """
@@ -67,7 +70,8 @@ def gather(
         return ClusterFacts(address=address, problem="the client is closed")
     asked = in_loop(client, _Asker(client, timeout_s).ask(X, data, modules, parameters))
     try:
-        return asked.result(QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S))
+        facts = asked.result(QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S))
+        return replace(facts, gpus=gpus)
     except TimeoutError:
         asked.cancel()
         return ClusterFacts(address=address, problem="it stopped to answer while it was asked")
