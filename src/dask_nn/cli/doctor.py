@@ -66,8 +66,8 @@ def doctor(
     choice = choose_cluster(**cluster) or ClusterChoice()
     with ending_at_once():
         from dask_nn.diagnosis.examine import examine
-        from dask_nn.diagnosis.gather import silent_scheduler
         from dask_nn.diagnosis.report import Report, fail
+        from dask_nn.diagnosis.silence import silent_scheduler
         from dask_nn.errors import ClusterError, SchedulerUnreachable
 
     choice.check()
@@ -76,8 +76,8 @@ def doctor(
         # Nothing is imported before it is known whether workers have the memory for it.
         with choice.open(()) as client:
             report = _examine(client, X, data, int(parameters), gpus, timeout_s)
-    except SchedulerUnreachable:
-        report = examine(silent_scheduler(choice.options["address"]))
+    except SchedulerUnreachable as error:
+        report = examine(silent_scheduler(choice.options["address"], error.reason))
     except ClusterError as error:
         remedy = "ask for less, wait longer, or look at what the batch system says"
         report = Report(scheduler="none", lines=(fail("cluster", str(error), remedy),))

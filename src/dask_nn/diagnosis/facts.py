@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Clock", "ClusterFacts", "DataFacts", "Link", "ProcessFacts"]
+__all__ = ["Clock", "ClusterFacts", "DataFacts", "Link", "ProcessFacts", "TLSFault"]
+
+TLSFault = Literal["", "no certificates", "spoken", "not spoken", "refused", "required"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +174,9 @@ class ClusterFacts:
         The scheduler's.
     problem : str
         Why the scheduler does not answer; nothing else is known then.
+    tls : str
+        What TLS has to do with that: this client has no certificates for it, it is spoken at an
+        address without, not spoken at one with it, refused, or required here; or empty.
     latency_s : float
         Of one message to the scheduler, there and back.
     client : ProcessFacts
@@ -214,6 +219,7 @@ class ClusterFacts:
 
     address: str
     problem: str = ""
+    tls: TLSFault = ""
     latency_s: float = 0.0
     client: ProcessFacts = field(default_factory=ProcessFacts)
     scheduler: ProcessFacts | None = None

@@ -16,17 +16,17 @@ from dask_nn.diagnosis.pairs import pairs_to_measure, targets_of
 from dask_nn.diagnosis.probe import describe_process, in_thread
 from dask_nn.diagnosis.read_data import with_places
 from dask_nn.diagnosis.shipping import Shipped
+from dask_nn.diagnosis.silence import CONNECT_TIMEOUT_S, why_silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from distributed import Client
 
-__all__ = ["gather", "silent_scheduler"]
+__all__ = ["gather"]
 
 # What a rank and its worker import.
 RANK_MODULES = ("dask_nn.controller.worker_side", "dask_nn.training.rank_main")
-CONNECT_TIMEOUT_S = 3.0
 # The first page that a dashboard makes takes it seconds.
 PAGE_TIMEOUT_S = 10.0
 TRANSFER_BYTES = 4 << 20
@@ -77,11 +77,6 @@ def gather(
         return ClusterFacts(address=address, problem="it stopped to answer while it was asked")
 
 
-def silent_scheduler(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> ClusterFacts:
-    """Find out why nobody could connect to a scheduler."""
-    return ClusterFacts(address=address, problem=asyncio.run(_why_silent(address, timeout_s)))
-
-
 class _Asker:
     """Puts the questions, in the client's event loop."""
 
@@ -100,7 +95,8 @@ class _Asker:
                 scheduler: Any = self._client.scheduler
                 identity = await scheduler.identity(n_workers=-1)
         except (OSError, TimeoutError):
-            return replace(facts, problem=await _why_silent(address, CONNECT_TIMEOUT_S))
+            problem, tls = await why_silent(address)
+            return replace(facts, problem=problem, tls=tls)
         facts = replace(
             facts,
             latency_s=time.monotonic() - began,
@@ -258,11 +254,6 @@ class _Asker:
             fingerprint_errors=errors,
             fingerprints_unknown=unknown,
         )
-
-
-async def _why_silent(address: str, timeout_s: float) -> str:
-    refused = await links.refusal(address, timeout_s)
-    return refused or f"something {links.UNANSWERED} as a Dask scheduler does"
 
 
 def _links(source: str, answers: dict[str, dict[str, Any]]) -> dict[str, Link]:
