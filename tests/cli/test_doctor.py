@@ -73,10 +73,80 @@ def test_data_and_what_workers_need_to_read_it(cluster2, tmp_path):
     assert "float32[4]" in blocks["found"]
 
 
-def test_data_that_is_not_there_is_bad_input(tmp_path):
-    result = doctor("--scheduler", "tcp://127.0.0.1:9", "--data", f"npy:{tmp_path}/none.npy")
+def test_data_that_cannot_be_read_is_a_failure_among_the_other_lines(cluster2, tmp_path):
+    arguments = ("--scheduler", cluster2.scheduler_address, "--data", f"zarr:{tmp_path}/none")
+    result = doctor(*arguments, "--json")
+    assert result.exit_code == 1, result.output
+    assert result.stderr == ""
+    lines = lines_of(result)
+    assert lines["blocks"]["status"] == "fail"
+    assert lines["blocks"]["found"] == f"zarr:{tmp_path}/none: there is no such folder"
+    assert "dask-nn train reads" in lines["blocks"]["remedy"]
+    assert [check for check, line in lines.items() if line["status"] == "fail"] == ["blocks"]
+    assert {"bits", "packages", "speed", "placement"} < set(lines)
+    result = doctor(*arguments, columns=200)
+    assert result.exit_code == 1
+    assert "there is no such folder" in result.stdout
+    assert "This cluster cannot train." in result.stdout
+
+
+def test_data_and_cluster_may_both_be_missing(tmp_path):
+    result = doctor(
+        *("--scheduler", "tcp://127.0.0.1:9", "--timeout", 1, "--start-timeout", 1, "--json"),
+        *("--data", f"npy:{tmp_path}/none.npy"),
+    )
+    assert result.exit_code == 1
+    lines = lines_of(result)
+    assert {check: line["status"] for check, line in lines.items()} == {
+        "scheduler": "fail",
+        "blocks": "fail",
+    }
+    assert "No such file" in lines["blocks"]["found"]
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize("url", ["csv:rows.csv", "rows.npy", "npy:"])
+def test_a_url_that_is_none_is_bad_input(url):
+    result = doctor("--data", url, "--json")
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
+
+
+def started_in_vain(*arguments):
+    result = doctor("--json", *arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr == ""
+    [line] = json.loads(result.stdout)["lines"]
+    assert (line["check"], line["status"]) == ("cluster", "fail")
+    return line
+
+
+def test_a_local_cluster_that_does_not_start():
+    line = started_in_vain("--cluster", "local", "--workers", 1, "--start-timeout", 0.01)
+    assert "not there within 0.01 s" in line["found"]
+    assert "processes of this Python on this machine" in line["remedy"]
+    assert "batch system" not in line["remedy"]
+
+
+def test_hosts_that_do_not_let_us_in():
+    pytest.importorskip("asyncssh")
+    line = started_in_vain(
+        *("--cluster", "ssh", "--cluster-option", 'hosts=["127.0.0.1", "127.0.0.1"]'),
+        *("--cluster-option", "connect_options={port = 9}"),
+    )
+    assert "SSH does not let us in" in line["found"]
+    assert line["remedy"].startswith("log in to each host with ssh")
+    assert "batch system" not in line["remedy"]
+
+
+def test_workers_that_nobody_starts_at_an_address(cluster2):
+    address = cluster2.scheduler_address
+    line = started_in_vain(
+        *("--cluster", "address", "--cluster-option", f"address={address}"),
+        *("--workers", 9, "--start-timeout", 1),
+    )
+    assert f"2 of 9 workers were at {address}" in line["found"]
+    assert "start more workers there (dask worker ADDRESS)" in line["remedy"]
 
 
 def test_nobody_at_the_address_is_a_report_too():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from dask_nn.clusters.open import KINDS
 from dask_nn.controller.worker_side import _host_identity
 from dask_nn.diagnosis.checks.memory import needed_bytes
 from dask_nn.diagnosis.examine import examine
@@ -345,6 +346,17 @@ def test_a_fault_is_found(fault):
     assert line.status == status
     assert found in line.found
     assert remedy in line.remedy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cluster_that_does_not_start_has_a_remedy_of_its_own(kind):
+    data = DataFacts(problem="there is no such folder")
+    report = examine(ClusterFacts(address="none", not_started="no", kind=kind, data=data))
+    line, blocks = report.lines
+    assert (line.check, line.status, line.found) == ("cluster", "fail", "no")
+    batch_systems = {"slurm", "pbs", "lsf", "sge", "oar", "htcondor"}
+    assert ("batch system" in line.remedy) == (kind in batch_systems)
+    assert (blocks.check, blocks.status) == ("blocks", "fail")
 
 
 def test_a_loopback_address_among_several_hosts():

@@ -172,8 +172,12 @@ class ClusterFacts:
     ----------
     address : str
         The scheduler's.
+    not_started : str
+        Why the cluster did not start; of all else its kind and the data alone are known then.
+    kind : str
+        Of a cluster that was to be started, as `dask_nn.cluster` names it.
     problem : str
-        Why the scheduler does not answer; nothing else is known then.
+        Why the scheduler does not answer; nothing else but the data is known then.
     tls : str
         What TLS has to do with that: this client has no certificates for it, it is spoken at an
         address without, not spoken at one with it, refused, or required here; or empty.
@@ -218,6 +222,8 @@ class ClusterFacts:
     """
 
     address: str
+    not_started: str = ""
+    kind: str = ""
     problem: str = ""
     tls: TLSFault = ""
     latency_s: float = 0.0
