@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -110,6 +111,34 @@ def test_a_url_that_is_none_is_bad_input(url):
     result = doctor("--data", url, "--json")
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cluster", "slrum"), "did you mean 'slurm'?"),
+        (("--cluster", "local", "--cluster-option", "nonsense=1"), "no option 'nonsense'"),
+        (("--cluster", "local", "--memory", "lots"), "memory must be a size"),
+        (("--cluster", "local", "--walltime", "1:00"), "walltime is a limit of batch systems"),
+        (("--cluster", "ssh", "--workers", 1), "needs hosts"),
+        (("--cluster", "aws", "--cluster-option", "service=s3"), "service must be"),
+        (("--cluster", "address", "--workers", 1), "needs address"),
+    ],
+)
+def test_wrong_options_are_bad_input(arguments, message):
+    result = doctor("--json", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+
+
+def test_options_that_turn_out_wrong_at_the_start_are_bad_input_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)  # as if it were not installed
+    result = doctor("--json", "--workers", 1, "--tls")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "security=True makes certificates with the package cryptography" in result.stderr
 
 
 def started_in_vain(*arguments):

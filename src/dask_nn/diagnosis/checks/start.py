@@ -29,7 +29,7 @@ REMEDIES = {
     "ssh": "log in to each host with ssh, without a password, and run its Python there "
     "(remote_python), which needs the same dask-nn and torch (docs/clusters/ssh.md)",
     "kubernetes": "look at its pods and events (kubectl get pods,events -n NAMESPACE): whether "
-    "Dask's operator runs, the image can be pulled, and a node has room "
+    "this machine may ask, Dask's operator runs, the image can be pulled, and a node has room "
     "(docs/clusters/kubernetes.md)",
     "aws": "look at the credentials and the region, the account's quotas, and whether the machines "
     "can pull the image and reach each other (docs/clusters/aws.md)",
