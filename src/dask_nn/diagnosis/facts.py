@@ -58,7 +58,8 @@ class ProcessFacts:
     torch_problem : str
         What asking PyTorch raised.
     interfaces : list of dict
-        name, addresses and mbit_per_s of the network interfaces that are up.
+        name, addresses and mbit_per_s of the network interfaces that are up, and whether each is
+        virtual: that of containers or a tunnel, without a device below it.
     ends_at_s : dict of str to float
         When the process will be ended, by source, in seconds since 1970.
     """
