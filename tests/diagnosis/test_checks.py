@@ -7,6 +7,16 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.diagnosis.made_facts import (
+    FIRST,
+    GIB,
+    ONE_HOST,
+    SCHEDULER,
+    SECOND,
+    VERSIONS,
+    cluster,
+    worker,
+)
 
 from dask_nn.clusters.open import KINDS
 from dask_nn.controller.worker_side import _host_identity
@@ -15,72 +25,6 @@ from dask_nn.diagnosis.examine import examine
 from dask_nn.diagnosis.facts import Clock, ClusterFacts, DataFacts, Link, ProcessFacts
 from dask_nn.diagnosis.probe import describe_process
 from dask_nn.diagnosis.report import Report, fail, ok, some, warn
-
-GIB = 1 << 30
-FIRST, SECOND, SCHEDULER = "tcp://10.0.0.1:1111", "tcp://10.0.0.2:2222", "tcp://10.0.0.9:8786"
-VERSIONS = {
-    "python": "3.13.0",
-    "torch": "2.13.0",
-    "dask": "2026.8.0",
-    "distributed": "2026.8.0",
-    "numpy": "2.5.5",
-    "dask-nn": "0.1.0",
-}
-CARD = {"uuid": "GPU-1", "name": "NVIDIA H100", "memory_mib": 81_559}
-
-SECOND_CARD = CARD | {"uuid": "GPU-2"}
-ONE_CARD = {"gpus": [CARD], "num_cuda_devices": 1, "cuda": "12.8", "nccl": True}
-TWO_CARDS = {"gpus": [CARD, SECOND_CARD], "num_cuda_devices": 1, "nccl": True}
-
-
-def worker(address: str, **changes: object) -> ProcessFacts:
-    host = address.rpartition(":")[0].partition("://")[2]
-    facts = ProcessFacts(
-        address=address,
-        hostname=host,
-        machine=host,
-        network=host,
-        versions=VERSIONS,
-        threads=1,
-        cores=2,
-        torch_threads=1,
-        environment={"OMP_NUM_THREADS": "1"},
-        memory_limit_bytes=8 * GIB,
-        used_bytes=GIB,
-        host_memory_bytes=16 * GIB,
-        shared_bytes=8 * GIB,
-        shared_free_bytes=8 * GIB,
-        shared_place=f"{host}-1",
-        scratch_free_bytes=100 * GIB,
-        libc="glibc 2.36",
-        processor="A processor",
-        architecture="x86_64",
-        capability="AVX2",
-        interfaces=[{"name": "eth0", "addresses": [host], "mbit_per_s": 1_000}],
-    )
-    return replace(facts, **changes)
-
-
-def cluster(first: dict | None = None, second: dict | None = None, **changes) -> ClusterFacts:
-    """Give two workers on two hosts, all in order but what is changed."""
-    workers = (worker(FIRST, **(first or {})), worker(SECOND, **(second or {})))
-    facts = ClusterFacts(
-        address=SCHEDULER,
-        client=ProcessFacts(versions=VERSIONS),
-        scheduler=worker(SCHEDULER),
-        registered=tuple(one.address for one in workers),
-        workers=workers,
-        reached={a: Link(source=SCHEDULER, target=a, latency_s=1e-4) for a in (FIRST, SECOND)},
-        links=(
-            Link(source=FIRST, target=SECOND, latency_s=1e-4),
-            Link(source=SECOND, target=FIRST, latency_s=1e-4),
-        ),
-        speeds={(FIRST, SECOND): 1e9},
-        clocks={a: Clock(offset_s=0.001, error_s=0.0005) for a in (FIRST, SECOND)},
-        fingerprints={FIRST: "aa", SECOND: "aa", "": "aa"},
-        dashboard="http://10.0.0.9:8787/status",
-    )
-    return replace(facts, **changes)
 
 
 def test_two_hosts_in_order_have_one_warning_about_encryption():
@@ -95,7 +39,6 @@ def test_tls_is_in_order():
     assert examine(facts)["encryption"].status == "ok"
 
 
-ONE_HOST = {"machine": "host", "network": "host", "shared_place": "host-1"}
 FAULTS = {
     "a worker with an older Python": (
         {"first": {"versions": VERSIONS | {"python": "3.12.1"}}},
@@ -202,74 +145,6 @@ FAULTS = {
     "a client that cannot compute": (
         {"fingerprints": {FIRST: "aa", SECOND: "aa"}, "fingerprint_errors": {"": "no memory"}},
         ("bits", "warn", "equal on 2 workers; not computed on the client (no memory)", "logs"),
-    ),
-    "a card that PyTorch does not see": (
-        {"first": {"gpus": [CARD]}},
-        ("GPU", "warn", f"no CUDA device on {FIRST}", "PyTorch with CUDA"),
-    ),
-    "one card for two workers": (
-        {
-            "first": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-            "second": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-        },
-        ("GPU", "warn", f"2 workers share one card: {FIRST}, {SECOND}", "CUDA_VISIBLE_DEVICES"),
-    ),
-    "one card of two for two workers": (
-        {
-            "first": ONE_HOST | TWO_CARDS | {"environment": {"CUDA_VISIBLE_DEVICES": "1"}},
-            "second": ONE_HOST | TWO_CARDS | {"environment": {"CUDA_VISIBLE_DEVICES": "GPU-2"}},
-        },
-        ("GPU", "warn", f"2 workers share one card: {FIRST}, {SECOND}", "CUDA_VISIBLE_DEVICES"),
-    ),
-    "a worker that sees more cards than it uses": (
-        {"first": TWO_CARDS | {"num_cuda_devices": 2}},
-        ("GPU", "warn", f"{FIRST} uses 1 of the 2 cards that it sees", "one worker for each"),
-    ),
-    "cards without nccl": (
-        {
-            "first": {"gpus": [CARD], "num_cuda_devices": 1},
-            "second": {"gpus": [SECOND_CARD], "num_cuda_devices": 1},
-        },
-        ("GPU", "warn", "without nccl", "with CUDA"),
-    ),
-    "cards of two kinds": (
-        {
-            "first": {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-            "second": {"gpus": [SECOND_CARD | {"name": "T4"}], "num_cuda_devices": 1, "nccl": True},
-        },
-        ("GPU", "warn", "mixed: NVIDIA H100 on 1 worker, T4 on 1 worker; training", "one kind"),
-    ),
-    "a card on one worker of two": (
-        {"first": ONE_CARD},
-        (
-            *("GPU", "warn"),
-            f"mixed: NVIDIA H100 on 1 of 2 workers, no card on {SECOND}, where no rank would run",
-            "one card each",
-        ),
-    ),
-    "cards that were asked for and nobody sees": (
-        {"gpus": 1},
-        (
-            *("GPU", "fail"),
-            f"asked for, but no worker sees one: {FIRST}, {SECOND}: neither nvidia-smi nor PyTorch",
-            "nvidia-smi on that host",
-        ),
-    ),
-    "a card that was asked for and one worker does not see": (
-        {"gpus": 1, "first": ONE_CARD, "second": {"cuda": "12.8"}},
-        (
-            *("GPU", "fail"),
-            f"not seen by 1 of 2 workers: {SECOND}: neither nvidia-smi nor PyTorch shows one",
-            "docker run --gpus all",
-        ),
-    ),
-    "a card that was asked for and PyTorch does not see": (
-        {"gpus": 1, "first": ONE_CARD, "second": {"gpus": [SECOND_CARD]}},
-        (
-            *("GPU", "fail"),
-            f"{SECOND}: the driver shows NVIDIA H100, not so PyTorch, which is built without CUDA",
-            "built with CUDA",
-        ),
     ),
     "one direction that is blocked": (
         {
@@ -382,34 +257,6 @@ def test_data_that_is_about_to_be_held_lies_nowhere_yet():
     data = DataFacts(lengths=(10, 10), num_blocks=2, rows_held={})
     line = examine(cluster(data=data))["placement"]
     assert (line.status, line.found) == ("ok", "nothing is held by workers yet")
-
-
-def seeing(listed: str, count: int = 1) -> dict:
-    environment = {"CUDA_VISIBLE_DEVICES": listed}
-    return ONE_HOST | TWO_CARDS | {"environment": environment, "num_cuda_devices": count}
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "name"),
-    [
-        (seeing("0"), seeing("GPU-2"), "NVIDIA H100"),
-        (seeing("0,1", 2), seeing("1,0", 2), "NVIDIA H100"),
-        (TWO_CARDS | {"gpus": [CARD]}, TWO_CARDS | {"gpus": [SECOND_CARD]}, "NVIDIA H100"),
-        (TWO_CARDS | {"gpus": []}, TWO_CARDS | {"gpus": []}, "cards that nvidia-smi does not name"),
-    ],
-)
-def test_workers_that_each_have_a_card_are_in_order(first, second, name):
-    line = examine(cluster(first=first | {"cuda": "12.8"}, second=second, gpus=1))["GPU"]
-    text = f'{name}, CUDA 12.8, one for each of 2; training uses them only with device="cuda"'
-    assert (line.status, line.found) == ("ok", text)
-
-
-def test_a_card_that_was_asked_for_is_not_missed_where_pytorch_is_not_loaded():
-    """Another line says why it is not; whether PyTorch would see the card is not known."""
-    unloaded = {"gpus": [CARD], "torch_threads": 0}
-    line = examine(cluster(first=unloaded, second=TWO_CARDS, gpus=1))["GPU"]
-    assert line.status == "warn"
-    assert f"no CUDA device on {FIRST}" in line.found
 
 
 def test_a_run_and_the_doctor_mean_the_same_by_a_host():

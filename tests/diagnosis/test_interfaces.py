@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tests.diagnosis.test_checks import FIRST, SECOND, cluster, worker
+from tests.diagnosis.made_facts import FIRST, SECOND, cluster, worker
 
 from dask_nn.diagnosis import probe
 from dask_nn.diagnosis.examine import examine
