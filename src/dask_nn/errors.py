@@ -72,7 +72,22 @@ class ClusterError(DaskNNError):
 
 
 class SchedulerUnreachable(ClusterError):
-    """No scheduler answered within the deadline."""
+    """No scheduler answered within the deadline.
+
+    Parameters
+    ----------
+    message : str
+        Which one, and why.
+    reason : str
+        The reason alone.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class IncompatibleWorkers(ClusterError):

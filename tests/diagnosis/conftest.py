@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -184,6 +185,29 @@ def _needs_namespaces(unavailable: Callable[[str], NoReturn]) -> None:
     if namespaces():
         return
     unavailable("a small /dev/shm is mounted in a namespace of its own, with root and unshare")
+
+
+@pytest.fixture
+def two_with_tiny_shared_memory(
+    _needs_namespaces: None, tmp_path: Path
+) -> Iterator[Callable[[str], Client]]:
+    """Start two workers that have one /dev/shm of 1 MiB together, after a command of the shell."""
+    launcher = Launcher(tmp_path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(launcher.close)
+
+        def start(prepare: str) -> Client:
+            cluster = launcher.cluster()
+            client = stack.enter_context(Client(cluster.address, set_as_default=False, timeout=60))
+            mounted = f"{prepare} && {TINY_SHARED_MEMORY}"
+            launcher.worker(cluster, "a", before=("unshare", "--mount", "sh", "-c", mounted, "sh"))
+            client.wait_for_workers(1, timeout=120)
+            namespace = f"--mount=/proc/{cluster.workers['a'].pid}/ns/mnt"
+            launcher.worker(cluster, "b", before=("nsenter", namespace))
+            client.wait_for_workers(2, timeout=120)
+            return client
+
+        yield start
 
 
 @pytest.fixture

@@ -7,78 +7,24 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.diagnosis.made_facts import (
+    FIRST,
+    GIB,
+    ONE_HOST,
+    SCHEDULER,
+    SECOND,
+    VERSIONS,
+    cluster,
+    worker,
+)
 
+from dask_nn.clusters.open import KINDS
 from dask_nn.controller.worker_side import _host_identity
 from dask_nn.diagnosis.checks.memory import needed_bytes
 from dask_nn.diagnosis.examine import examine
 from dask_nn.diagnosis.facts import Clock, ClusterFacts, DataFacts, Link, ProcessFacts
 from dask_nn.diagnosis.probe import describe_process
 from dask_nn.diagnosis.report import Report, fail, ok, some, warn
-
-GIB = 1 << 30
-FIRST, SECOND, SCHEDULER = "tcp://10.0.0.1:1111", "tcp://10.0.0.2:2222", "tcp://10.0.0.9:8786"
-VERSIONS = {
-    "python": "3.13.0",
-    "torch": "2.13.0",
-    "dask": "2026.8.0",
-    "distributed": "2026.8.0",
-    "numpy": "2.5.5",
-    "dask-nn": "0.1.0",
-}
-CARD = {"uuid": "GPU-1", "name": "NVIDIA H100", "memory_mib": 81_559}
-
-SECOND_CARD = CARD | {"uuid": "GPU-2"}
-TWO_CARDS = {"gpus": [CARD, SECOND_CARD], "num_cuda_devices": 1, "nccl": True}
-
-
-def worker(address: str, **changes: object) -> ProcessFacts:
-    host = address.rpartition(":")[0].partition("://")[2]
-    facts = ProcessFacts(
-        address=address,
-        hostname=host,
-        machine=host,
-        network=host,
-        versions=VERSIONS,
-        threads=1,
-        cores=2,
-        torch_threads=1,
-        environment={"OMP_NUM_THREADS": "1"},
-        memory_limit_bytes=8 * GIB,
-        used_bytes=GIB,
-        host_memory_bytes=16 * GIB,
-        shared_bytes=8 * GIB,
-        shared_free_bytes=8 * GIB,
-        shared_place=f"{host}-1",
-        scratch_free_bytes=100 * GIB,
-        libc="glibc 2.36",
-        processor="A processor",
-        architecture="x86_64",
-        capability="AVX2",
-        interfaces=[{"name": "eth0", "addresses": [host], "mbit_per_s": 1_000}],
-    )
-    return replace(facts, **changes)
-
-
-def cluster(first: dict | None = None, second: dict | None = None, **changes) -> ClusterFacts:
-    """Give two workers on two hosts, all in order but what is changed."""
-    workers = (worker(FIRST, **(first or {})), worker(SECOND, **(second or {})))
-    facts = ClusterFacts(
-        address=SCHEDULER,
-        client=ProcessFacts(versions=VERSIONS),
-        scheduler=worker(SCHEDULER),
-        registered=tuple(one.address for one in workers),
-        workers=workers,
-        reached={a: Link(source=SCHEDULER, target=a, latency_s=1e-4) for a in (FIRST, SECOND)},
-        links=(
-            Link(source=FIRST, target=SECOND, latency_s=1e-4),
-            Link(source=SECOND, target=FIRST, latency_s=1e-4),
-        ),
-        speeds={(FIRST, SECOND): 1e9},
-        clocks={a: Clock(offset_s=0.001, error_s=0.0005) for a in (FIRST, SECOND)},
-        fingerprints={FIRST: "aa", SECOND: "aa", "": "aa"},
-        dashboard="http://10.0.0.9:8787/status",
-    )
-    return replace(facts, **changes)
 
 
 def test_two_hosts_in_order_have_one_warning_about_encryption():
@@ -93,7 +39,6 @@ def test_tls_is_in_order():
     assert examine(facts)["encryption"].status == "ok"
 
 
-ONE_HOST = {"machine": "host", "network": "host", "shared_place": "host-1"}
 FAULTS = {
     "a worker with an older Python": (
         {"first": {"versions": VERSIONS | {"python": "3.12.1"}}},
@@ -201,42 +146,6 @@ FAULTS = {
         {"fingerprints": {FIRST: "aa", SECOND: "aa"}, "fingerprint_errors": {"": "no memory"}},
         ("bits", "warn", "equal on 2 workers; not computed on the client (no memory)", "logs"),
     ),
-    "a card that PyTorch does not see": (
-        {"first": {"gpus": [CARD]}},
-        ("GPU", "warn", f"no CUDA device on {FIRST}", "PyTorch with CUDA"),
-    ),
-    "one card for two workers": (
-        {
-            "first": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-            "second": ONE_HOST | {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-        },
-        ("GPU", "warn", f"2 workers share one card: {FIRST}, {SECOND}", "CUDA_VISIBLE_DEVICES"),
-    ),
-    "one card of two for two workers": (
-        {
-            "first": ONE_HOST | TWO_CARDS | {"environment": {"CUDA_VISIBLE_DEVICES": "1"}},
-            "second": ONE_HOST | TWO_CARDS | {"environment": {"CUDA_VISIBLE_DEVICES": "GPU-2"}},
-        },
-        ("GPU", "warn", f"2 workers share one card: {FIRST}, {SECOND}", "CUDA_VISIBLE_DEVICES"),
-    ),
-    "a worker that sees more cards than it uses": (
-        {"first": TWO_CARDS | {"num_cuda_devices": 2}},
-        ("GPU", "warn", f"{FIRST} uses 1 of the 2 cards that it sees", "one worker for each"),
-    ),
-    "cards without nccl": (
-        {
-            "first": {"gpus": [CARD], "num_cuda_devices": 1},
-            "second": {"gpus": [SECOND_CARD], "num_cuda_devices": 1},
-        },
-        ("GPU", "warn", "without nccl", "with CUDA"),
-    ),
-    "cards of two kinds": (
-        {
-            "first": {"gpus": [CARD], "num_cuda_devices": 1, "nccl": True},
-            "second": {"gpus": [SECOND_CARD | {"name": "T4"}], "num_cuda_devices": 1, "nccl": True},
-        },
-        ("GPU", "warn", "mixed: NVIDIA H100, T4", "one kind"),
-    ),
     "one direction that is blocked": (
         {
             "links": (
@@ -314,6 +223,17 @@ def test_a_fault_is_found(fault):
     assert remedy in line.remedy
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cluster_that_does_not_start_has_a_remedy_of_its_own(kind):
+    data = DataFacts(problem="there is no such folder")
+    report = examine(ClusterFacts(address="none", not_started="no", kind=kind, data=data))
+    line, blocks = report.lines
+    assert (line.check, line.status, line.found) == ("cluster", "fail", "no")
+    batch_systems = {"slurm", "pbs", "lsf", "sge", "oar", "htcondor"}
+    assert ("batch system" in line.remedy) == (kind in batch_systems)
+    assert (blocks.check, blocks.status) == ("blocks", "fail")
+
+
 def test_a_loopback_address_among_several_hosts():
     local = replace(worker("tcp://127.0.0.1:1111"), machine="10.0.0.1")
     facts = cluster()
@@ -337,25 +257,6 @@ def test_data_that_is_about_to_be_held_lies_nowhere_yet():
     data = DataFacts(lengths=(10, 10), num_blocks=2, rows_held={})
     line = examine(cluster(data=data))["placement"]
     assert (line.status, line.found) == ("ok", "nothing is held by workers yet")
-
-
-def seeing(listed: str, count: int = 1) -> dict:
-    environment = {"CUDA_VISIBLE_DEVICES": listed}
-    return ONE_HOST | TWO_CARDS | {"environment": environment, "num_cuda_devices": count}
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "name"),
-    [
-        (seeing("0"), seeing("GPU-2"), "NVIDIA H100"),
-        (seeing("0,1", 2), seeing("1,0", 2), "NVIDIA H100"),
-        (TWO_CARDS | {"gpus": [CARD]}, TWO_CARDS | {"gpus": [SECOND_CARD]}, "NVIDIA H100"),
-        (TWO_CARDS | {"gpus": []}, TWO_CARDS | {"gpus": []}, "cards that nvidia-smi does not name"),
-    ],
-)
-def test_workers_that_each_have_a_card_are_in_order(first, second, name):
-    line = examine(cluster(first=first | {"cuda": "12.8"}, second=second))["GPU"]
-    assert (line.status, line.found) == ("ok", f"{name}, CUDA 12.8, one for each of 2")
 
 
 def test_a_run_and_the_doctor_mean_the_same_by_a_host():

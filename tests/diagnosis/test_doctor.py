@@ -82,6 +82,12 @@ def test_numbers_must_be_positive(client, options):
         dask_nn.doctor(client=client, **options)
 
 
+@pytest.mark.parametrize("gpus", [2, -1, True])
+def test_a_worker_has_one_gpu_or_none(client, gpus):
+    with pytest.raises(ConfigurationError, match="gpus must be 0 or 1"):
+        dask_nn.doctor(client=client, gpus=gpus)
+
+
 def test_without_a_client_it_says_what_to_do():
     with pytest.raises(ConfigurationError, match="make one first"):
         dask_nn.doctor()

@@ -68,6 +68,27 @@ def test_a_shared_memory_of_its_own(report, named):
     assert line.details["workers"][named["tiny-shared-memory"]]["bytes"] == 1 << 20
 
 
+def test_a_shared_memory_that_is_too_small_for_two_workers(two_with_tiny_shared_memory):
+    """The exchange still has the workers' folder."""
+    line = doctor(client=two_with_tiny_shared_memory("true"), timeout_s=100)["shared memory"]
+    assert line.status == "warn"
+    assert "1.00 MiB free on tcp://127.0.0.1:" in line.found
+    assert "but 10 million parameters need 122.70 MiB: the exchange uses a file" in line.found
+    assert "--shm-size" in line.remedy
+    assert [found["bytes"] for found in line.details["workers"].values()] == [1 << 20, 1 << 20]
+
+
+def test_a_shared_memory_that_is_too_small_and_a_folder_that_is_too(
+    two_with_tiny_shared_memory, tmp_path
+):
+    client = two_with_tiny_shared_memory(f"mount -t tmpfs -o size=4m tmpfs '{tmp_path}'")
+    line = doctor(client=client, timeout_s=100)["shared memory"]
+    assert line.status == "fail"
+    assert "1.00 MiB free on tcp://127.0.0.1:" in line.found
+    assert "and the worker's folder has no room either" in line.found
+    assert "--shm-size" in line.remedy
+
+
 def test_a_memory_limit_that_is_too_low(report, named):
     """The worker lives on: PyTorch is not imported where its memory would end the process."""
     line = report["memory"]

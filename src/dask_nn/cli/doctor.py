@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,9 +11,9 @@ from dask_nn.cli.cluster_options import ClusterChoice, choose_cluster, cluster_o
 from dask_nn.cli.interrupts import ending_at_once
 
 if TYPE_CHECKING:
-    from distributed import Client
     from rich.table import Table
 
+    from dask_nn.diagnosis.facts import DataFacts
     from dask_nn.diagnosis.report import Report
 
 __all__ = ["doctor"]
@@ -59,40 +60,57 @@ def doctor(
     The cluster is one that runs (--scheduler), or is started for it (--cluster, by default on this
     machine) and closed. The exit code is 1 if training cannot work, else 0.
     """
+    gpus = cluster["gpus"] or 0
+    if cluster["scheduler"] is not None:
+        # Nothing is started there: it says what its workers shall see.
+        cluster["gpus"] = None
     choice = choose_cluster(**cluster) or ClusterChoice()
     with ending_at_once():
         from dask_nn.diagnosis.examine import examine
-        from dask_nn.diagnosis.gather import silent_scheduler
-        from dask_nn.diagnosis.report import Report, fail
+        from dask_nn.diagnosis.facts import ClusterFacts
+        from dask_nn.diagnosis.gather import gather
+        from dask_nn.diagnosis.read_data import read_data
+        from dask_nn.diagnosis.silence import silent_scheduler
         from dask_nn.errors import ClusterError, SchedulerUnreachable
 
     choice.check()
-    X = None if data is None else _open(data)
+    X, unread = _open(data)
     try:
         # Nothing is imported before it is known whether workers have the memory for it.
         with choice.open(()) as client:
-            report = _examine(client, X, data, int(parameters), timeout_s)
-    except SchedulerUnreachable:
-        report = examine(silent_scheduler(choice.options["address"]))
+            facts = gather(
+                client,
+                X=X,
+                data=unread if X is None else read_data(X, client=client),
+                modules=READERS.get(data.partition(":")[0], ()) if data else (),
+                parameters=int(parameters),
+                gpus=gpus,
+                timeout_s=timeout_s,
+            )
+    except SchedulerUnreachable as error:
+        facts = replace(silent_scheduler(choice.options["address"], error.reason), data=unread)
     except ClusterError as error:
-        remedy = "ask for less, wait longer, or look at what the batch system says"
-        report = Report(scheduler="none", lines=(fail("cluster", str(error), remedy),))
+        address = choice.options.get("address", "none")
+        facts = ClusterFacts(address=address, not_started=str(error), kind=choice.kind, data=unread)
+    report = examine(facts)
     click.echo(report.as_json()) if as_json else _show(report)
     if report.status == "fail":
         ctx.exit(1)
 
 
-def _open(url: str) -> Any:
-    from dask_nn.data.urls import open_data
+def _open(url: str | None) -> tuple[Any, DataFacts | None]:
+    """Open the data; what keeps it from being read is a finding, but for a URL that is none."""
+    from dask_nn.data.urls import open_data, split_url
+    from dask_nn.diagnosis.facts import DataFacts
+    from dask_nn.errors import DaskNNError
 
-    return open_data(url)
-
-
-def _examine(client: Client, X: Any, url: str | None, parameters: int, timeout_s: float) -> Report:
-    from dask_nn.diagnosis.doctor import doctor as look
-
-    modules = READERS.get(url.partition(":")[0], ()) if url else ()
-    return look(X, client=client, modules=modules, parameters=parameters, timeout_s=timeout_s)
+    if url is None:
+        return None, None
+    split_url(url)
+    try:
+        return open_data(url), None
+    except DaskNNError as error:
+        return None, DataFacts(problem=str(error))
 
 
 def _show(report: Report) -> None:

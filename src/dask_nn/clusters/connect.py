@@ -56,8 +56,7 @@ def connect(
                 return Client(address, timeout=timeout_s, security=security)
     except Exception as error:
         # Also MemoryError: what another protocol says is read as the length of a message.
-        lines = str(error).strip().splitlines()
-        raise _unreachable(address, timeout_s, lines[0] if lines else "no answer") from error
+        raise _unreachable(address, timeout_s, _first_cause(error)) from error
     raise _unreachable(address, timeout_s, f"a Dask {kind.lower()} did")
 
 
@@ -124,10 +123,21 @@ def _wait_for(client: Client, request: ClusterRequest) -> None:
         ) from None
 
 
+def _first_cause(error: BaseException | None) -> str:
+    """Give what began it: those behind say that a call did not come through."""
+    found = "no answer"
+    while error is not None:
+        if lines := str(error).strip().splitlines():
+            found = lines[0]
+        error = error.__cause__
+    return found
+
+
 def _unreachable(address: str, timeout_s: float, reason: str) -> SchedulerUnreachable:
     return SchedulerUnreachable(
         f"no Dask scheduler answered at {address!r} within {timeout_s:g} s ({reason}); expected "
-        "the address that `dask scheduler` prints, such as tcp://10.0.0.5:8786"
+        "the address that `dask scheduler` prints, such as tcp://10.0.0.5:8786",
+        reason,
     )
 
 

@@ -28,6 +28,7 @@ def doctor(
     client: Client | None = None,
     modules: Sequence[str] = (),
     parameters: int = 10_000_000,
+    gpus: int = 0,
     timeout_s: float = 60.0,
 ) -> Report:
     """Look whether a cluster can train, and say what is wrong.
@@ -45,6 +46,8 @@ def doctor(
         Packages that workers need besides dask-nn's own, such as ``("zarr",)``.
     parameters : int, default 10,000,000
         Parameters of the model for which there shall be shared memory.
+    gpus : int, default 0
+        GPUs that each worker shall see, 0 or 1: what the cluster was asked for.
     timeout_s : float, default 60
         Deadline of one question. What has not answered by then is named in the report; all
         questions together take a few times as long at most.
@@ -57,11 +60,13 @@ def doctor(
     Raises
     ------
     ConfigurationError
-        If there is no client, or a number is not positive.
+        If there is no client, or a number is not what it can be.
     """
     for name, value in (("parameters", parameters), ("timeout_s", timeout_s)):
         if value <= 0:
             raise ConfigurationError(f"{name} must be positive, got {value}")
+    if isinstance(gpus, bool) or gpus not in {0, 1}:
+        raise ConfigurationError(f"gpus must be 0 or 1, as a rank uses one, got {gpus!r}")
     if client is None:
         try:
             client = default_client()
@@ -70,6 +75,12 @@ def doctor(
             raise ConfigurationError(message) from error
     data = None if X is None else read_data(X, y, client)
     facts = gather(
-        client, X=X, data=data, modules=modules, parameters=parameters, timeout_s=timeout_s
+        client,
+        X=X,
+        data=data,
+        modules=modules,
+        parameters=parameters,
+        gpus=gpus,
+        timeout_s=timeout_s,
     )
     return examine(facts)

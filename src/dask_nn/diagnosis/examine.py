@@ -21,6 +21,7 @@ from dask_nn.diagnosis.checks.network import (
     check_speed,
 )
 from dask_nn.diagnosis.checks.processors import check_bits, check_processors
+from dask_nn.diagnosis.checks.start import check_start
 from dask_nn.diagnosis.checks.threads import check_math_threads, check_threads
 from dask_nn.diagnosis.checks.versions import check_imports, check_versions
 from dask_nn.diagnosis.report import Line, Report
@@ -62,7 +63,11 @@ OF_CLUSTER: tuple[Callable[[ClusterFacts], Line], ...] = (
 
 def examine(facts: ClusterFacts) -> Report:
     """Judge what is known of a cluster."""
-    if facts.problem:
-        return Report(scheduler=facts.address, lines=(check_scheduler(facts),))
-    checks = (*ALWAYS, *(OF_WORKERS if facts.workers else ()), *OF_CLUSTER)
+    checks: tuple[Callable[[ClusterFacts], Line], ...]
+    if facts.not_started or facts.problem:
+        checks = (check_start if facts.not_started else check_scheduler,)
+        if facts.data is not None and facts.data.problem:
+            checks += (check_blocks,)
+    else:
+        checks = (*ALWAYS, *(OF_WORKERS if facts.workers else ()), *OF_CLUSTER)
     return Report(scheduler=facts.address, lines=tuple(check(facts) for check in checks))

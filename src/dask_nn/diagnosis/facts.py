@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Clock", "ClusterFacts", "DataFacts", "Link", "ProcessFacts"]
+__all__ = ["Clock", "ClusterFacts", "DataFacts", "Link", "ProcessFacts", "TLSFault"]
+
+TLSFault = Literal["", "no certificates", "spoken", "not spoken", "refused", "required"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class ProcessFacts:
     torch_problem : str
         What asking PyTorch raised.
     interfaces : list of dict
-        name, addresses and mbit_per_s of the network interfaces that are up.
+        name, addresses and mbit_per_s of the network interfaces that are up, and whether each is
+        virtual: that of containers or a tunnel, without a device below it.
     ends_at_s : dict of str to float
         When the process will be ended, by source, in seconds since 1970.
     """
@@ -170,8 +173,15 @@ class ClusterFacts:
     ----------
     address : str
         The scheduler's.
+    not_started : str
+        Why the cluster did not start; of all else its kind and the data alone are known then.
+    kind : str
+        Of a cluster that was to be started, as `dask_nn.cluster` names it.
     problem : str
-        Why the scheduler does not answer; nothing else is known then.
+        Why the scheduler does not answer; nothing else but the data is known then.
+    tls : str
+        What TLS has to do with that: this client has no certificates for it, it is spoken at an
+        address without, not spoken at one with it, refused, or required here; or empty.
     latency_s : float
         Of one message to the scheduler, there and back.
     client : ProcessFacts
@@ -206,12 +216,17 @@ class ClusterFacts:
         The client's time, in seconds since 1970.
     parameters : int
         Size of the model to make room for.
+    gpus : int
+        GPUs of each worker that were asked for: 0 or 1.
     timeout_s : float
         How long an answer was waited for.
     """
 
     address: str
+    not_started: str = ""
+    kind: str = ""
     problem: str = ""
+    tls: TLSFault = ""
     latency_s: float = 0.0
     client: ProcessFacts = field(default_factory=ProcessFacts)
     scheduler: ProcessFacts | None = None
@@ -230,6 +245,7 @@ class ClusterFacts:
     data: DataFacts | None = None
     now_s: float = 0.0
     parameters: int = 10_000_000
+    gpus: int = 0
     timeout_s: float = 60.0
 
     @property

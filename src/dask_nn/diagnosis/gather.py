@@ -16,17 +16,17 @@ from dask_nn.diagnosis.pairs import pairs_to_measure, targets_of
 from dask_nn.diagnosis.probe import describe_process, in_thread
 from dask_nn.diagnosis.read_data import with_places
 from dask_nn.diagnosis.shipping import Shipped
+from dask_nn.diagnosis.silence import CONNECT_TIMEOUT_S, why_silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from distributed import Client
 
-__all__ = ["gather", "silent_scheduler"]
+__all__ = ["gather"]
 
 # What a rank and its worker import.
 RANK_MODULES = ("dask_nn.controller.worker_side", "dask_nn.training.rank_main")
-CONNECT_TIMEOUT_S = 3.0
 # The first page that a dashboard makes takes it seconds.
 PAGE_TIMEOUT_S = 10.0
 TRANSFER_BYTES = 4 << 20
@@ -43,6 +43,7 @@ def gather(
     data: DataFacts | None = None,
     modules: Sequence[str] = (),
     parameters: int = 10_000_000,
+    gpus: int = 0,
     timeout_s: float = 60.0,
 ) -> ClusterFacts:
     """Ask a cluster for everything that the checks look at.
@@ -59,6 +60,8 @@ def gather(
         Packages that workers need for the data.
     parameters : int
         Size of the model to make room for.
+    gpus : int
+        GPUs of each worker that were asked for: 0 or 1.
     timeout_s : float
         Deadline of one question; those that are put to all workers are put at once.
     """
@@ -67,15 +70,11 @@ def gather(
         return ClusterFacts(address=address, problem="the client is closed")
     asked = in_loop(client, _Asker(client, timeout_s).ask(X, data, modules, parameters))
     try:
-        return asked.result(QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S))
+        facts = asked.result(QUESTIONS * (timeout_s + CONNECT_TIMEOUT_S))
+        return replace(facts, gpus=gpus)
     except TimeoutError:
         asked.cancel()
         return ClusterFacts(address=address, problem="it stopped to answer while it was asked")
-
-
-def silent_scheduler(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> ClusterFacts:
-    """Find out why nobody could connect to a scheduler."""
-    return ClusterFacts(address=address, problem=asyncio.run(_why_silent(address, timeout_s)))
 
 
 class _Asker:
@@ -96,7 +95,8 @@ class _Asker:
                 scheduler: Any = self._client.scheduler
                 identity = await scheduler.identity(n_workers=-1)
         except (OSError, TimeoutError):
-            return replace(facts, problem=await _why_silent(address, CONNECT_TIMEOUT_S))
+            problem, tls = await why_silent(address)
+            return replace(facts, problem=problem, tls=tls)
         facts = replace(
             facts,
             latency_s=time.monotonic() - began,
@@ -254,11 +254,6 @@ class _Asker:
             fingerprint_errors=errors,
             fingerprints_unknown=unknown,
         )
-
-
-async def _why_silent(address: str, timeout_s: float) -> str:
-    refused = await links.refusal(address, timeout_s)
-    return refused or f"something {links.UNANSWERED} as a Dask scheduler does"
 
 
 def _links(source: str, answers: dict[str, dict[str, Any]]) -> dict[str, Link]:

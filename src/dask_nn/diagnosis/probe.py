@@ -30,6 +30,9 @@ __all__ = ["describe_process", "in_thread"]
 _Result = TypeVar("_Result")
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - it is looked at, nothing is made in it
+INTERFACES = "/sys/class/net"
+# The type of an InfiniBand interface, as Linux counts them.
+INFINIBAND = "32"
 PACKAGES = ("dask", "distributed", "numpy", "torch", "dask-nn")
 VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -301,8 +304,33 @@ def _interfaces() -> list[dict[str, Any]]:
     for name, state in states.items():
         own = [entry.address for entry in addresses.get(name, ()) if entry.family in kinds]
         if state.isup and own:
-            found.append({"name": name, "addresses": own, "mbit_per_s": state.speed})
+            found.append(
+                {
+                    "name": name,
+                    "addresses": own,
+                    "mbit_per_s": state.speed,
+                    "virtual": _is_virtual(name),
+                }
+            )
     return found
+
+
+def _is_virtual(name: str) -> bool:
+    """Tell whether an interface leads nowhere by itself, as bridges of containers and tunnels.
+
+    Not so bonds, VLANs, and whatever else lies above an interface with a device; nor one of which
+    nothing is known.
+    """
+    folder = Path(INTERFACES, name)
+    if not folder.exists():
+        return False
+    described = _read(str(folder / "uevent")).splitlines()
+    if (folder / "device").exists() or (folder / "bonding").exists():
+        return False
+    if _read(str(folder / "type")) == INFINIBAND or "DEVTYPE=vlan" in described:
+        return False
+    lower = [path.name.partition("_")[2] for path in folder.glob("lower_*")]
+    return "DEVTYPE=vxlan" in described or all(map(_is_virtual, lower))
 
 
 def _shared_memory() -> dict[str, Any]:

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 __all__ = ["check_dashboard", "check_scheduler", "check_walltime", "check_workers"]
 
 LITTLE_TIME_S = 600
+SETTINGS = (
+    "distributed.comm.tls.ca-file, client.cert and client.key in Dask's configuration "
+    "(docs/clusters/security.md)"
+)
 
 
 def check_scheduler(facts: ClusterFacts) -> Line:
     """Check that the scheduler answers."""
     if facts.problem:
-        remedy = (
-            "start it, or give the address that `dask scheduler` prints; if it runs, look at its "
-            "log and let the firewall pass its port"
+        return fail(
+            "scheduler", f"{facts.address} does not answer: {facts.problem}", _remedy(facts)
         )
-        return fail("scheduler", f"{facts.address} does not answer: {facts.problem}", remedy)
     text = f"{facts.address} answers in {format_time(facts.latency_s)}"
     return ok("scheduler", text, latency_s=facts.latency_s)
 
@@ -89,3 +91,22 @@ def check_dashboard(facts: ClusterFacts) -> Line:
         )
         return warn("dashboard", text, remedy, link=facts.dashboard)
     return ok("dashboard", facts.dashboard, link=facts.dashboard)
+
+
+def _remedy(facts: ClusterFacts) -> str:
+    """Say what to do about a scheduler that does not answer."""
+    scheme, _, place = facts.address.rpartition("://")
+    with_tls = f"{'wss' if scheme == 'ws' else 'tls'}://{place}"
+    without = f"{'ws' if scheme == 'wss' else 'tcp'}://{place}"
+    return {
+        "": "start it, or give the address that `dask scheduler` prints; if it runs, look at its "
+        "log and let the firewall pass its port",
+        "no certificates": f"give this client the cluster's TLS certificates: {SETTINGS}",
+        "spoken": f"use {with_tls} with the cluster's TLS certificates: {SETTINGS}",
+        "not spoken": f"use {without}, or start the scheduler with TLS certificates: its are "
+        "distributed.comm.tls.scheduler in Dask's configuration (docs/clusters/security.md)",
+        "refused": f"use TLS certificates that the cluster's authority has signed: {SETTINGS}",
+        "required": "distributed.comm.require-encryption is set in this client's configuration: "
+        f"start the scheduler with TLS and use {with_tls}, or take that setting out "
+        "(docs/clusters/security.md)",
+    }[facts.tls]

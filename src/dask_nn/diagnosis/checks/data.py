@@ -25,7 +25,10 @@ def check_blocks(facts: ClusterFacts) -> Line:
     if data is None:
         return ok("blocks", "no data given (--data URL)")
     if data.problem:
-        remedy = "give data as dask-nn train reads it: zarr:, parquet:, hdf5: or npy: and a path"
+        remedy = (
+            "mend what is named here; dask-nn train reads zarr:, parquet:, hdf5: or npy: and a "
+            "path that this machine and all workers can read"
+        )
         return fail("blocks", data.problem, remedy)
     details = {
         "num_blocks": data.num_blocks,

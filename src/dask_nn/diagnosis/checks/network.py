@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from dask.utils import format_bytes, format_time
@@ -103,7 +104,12 @@ def check_interfaces(facts: ClusterFacts) -> Line:
             text = f"{some(local)}: a loopback address, but there are {len(places)} hosts"
             remedy = "start workers with --interface NAME or --host ADDRESS that others reach"
             return fail("interfaces", text, remedy, **details)
-        slow = [text for worker in facts.workers if (text := _faster(worker, used))]
+        repeated = _repeated(facts)
+        slow = [
+            text
+            for worker in facts.workers
+            if (text := _faster(worker, used[worker.address], repeated))
+        ]
         if slow:
             remedy = "start scheduler and workers with --interface of the faster network"
             return warn("interfaces", some(slow), remedy, **details)
@@ -181,17 +187,48 @@ def _interface(worker: ProcessFacts) -> dict[str, Any]:
     return {}
 
 
-def _faster(worker: ProcessFacts, used: dict[str, dict[str, Any]]) -> str:
-    """Name an interface that is faster than the one in use; empty if there is none."""
-    own = used[worker.address]
+def _repeated(facts: ClusterFacts) -> set[str]:
+    """Give the addresses that several hosts have: none of them is reached there by the others."""
+    processes = (*facts.workers, facts.client, *filter(None, (facts.scheduler,)))
+    found = Counter(
+        address
+        for _, _, address in {
+            (process.machine, process.network, address)
+            for process in processes
+            for interface in process.interfaces
+            for address in map(str, interface["addresses"])
+        }
+    )
+    return {address for address, hosts in found.items() if hosts > 1}
+
+
+def _faster(worker: ProcessFacts, own: dict[str, Any], repeated: set[str]) -> str:
+    """Name an interface that is faster than the one in use; empty if there is none.
+
+    One that is virtual or has no address that others can reach would be no network to use.
+    """
+    others = [
+        found
+        for found in worker.interfaces
+        if not found.get("virtual")
+        and any(_leads_here(address) for address in {*found["addresses"]} - repeated)
+    ]
     speed = int(own.get("mbit_per_s", 0))
-    best = max(worker.interfaces, key=lambda found: int(found["mbit_per_s"]), default=own)
+    best = max(others, key=lambda found: int(found["mbit_per_s"]), default=own)
     if not speed or int(best["mbit_per_s"]) <= speed:
         return ""
     return (
         f"{worker.address} uses {own['name']} with {speed:,} Mbit/s, {best['name']} has "
         f"{best['mbit_per_s']:,}"
     )
+
+
+def _leads_here(address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return True
+    return not (found.is_loopback or found.is_link_local)
 
 
 def _is_loopback(address: str) -> bool:
