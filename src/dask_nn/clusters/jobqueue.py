@@ -17,6 +17,7 @@ from distributed import Security
 from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.gpu_requests import asks_for_gpu, with_slurm_gpu
 from dask_nn.clusters.jobqueue_import import import_dask_jobqueue
 from dask_nn.clusters.known_names import refuse_unknown
 from dask_nn.clusters.optional import import_optional
@@ -35,6 +36,7 @@ __all__ = ["JOB_END_TIME", "check_request", "make_cluster", "open_cluster"]
 
 DEFAULT_MEMORY = "4 GiB"
 DEFAULT_DISK = "4 GB"
+OAR_GPU = "/nodes=1/gpu=1"
 # What Checkpoint(before_walltime_s=) reads where the batch system itself does not say it.
 JOB_END_TIME = "DASK_NN_JOB_END_TIME"
 
@@ -170,6 +172,13 @@ def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
             "processes= puts several workers into a job, which would see all GPUs of the job; "
             "leave it out, and each worker gets a job with a GPU of its own"
         )
+    if request.gpus and request.kind == "oar":
+        directives, resources = _asked_resources(request)
+        if resources and not asks_for_gpu("oar", directives, resources):
+            raise ConfigurationError(
+                f"gpus=1 asks for a GPU and resource_spec {resources!r} for none; write it there "
+                f"too, such as {OAR_GPU!r}, or leave gpus out"
+            )
     if request.walltime is not None:
         if request.kind == "htcondor":
             raise ConfigurationError(
@@ -255,20 +264,29 @@ def _lsf_units() -> str:
 def _add_gpu(request: ClusterRequest, options: dict[str, Any]) -> None:
     """Ask for a GPU in the batch system's words, unless the options do so themselves."""
     kind = request.kind
-    directives = options.get("job_extra_directives")
-    if directives is None:
-        directives = _configured(kind, "job-extra-directives") or []
-    written = f"{directives} {options.get('resource_spec', '')}".lower()
-    if "gpu" in written or "gres" in written:
+    directives, resource_spec = _asked_resources(request)
+    if asks_for_gpu(kind, directives, resource_spec):
         return
     if kind == "pbs":
-        size = format_bytes(parse_bytes(options["memory"])).replace(" ", "").replace("iB", "B")
+        pbs: Any = import_optional("dask_jobqueue.pbs", "jobqueue", "pbs")
+        size = pbs.pbs_format_bytes_ceil(parse_bytes(options["memory"]))
         default = f"select=1:ncpus={options['cores']}:mem={size}"
-        options["resource_spec"] = f"{options.get('resource_spec') or default}:ngpus=1"
+        options["resource_spec"] = f"{resource_spec or default}:ngpus=1"
     elif kind == "oar":
-        options.setdefault("resource_spec", "/nodes=1/gpu=1")
+        options["resource_spec"] = OAR_GPU
     elif kind == "htcondor":
         options["job_extra_directives"] = {**dict(directives), "request_gpus": "1"}
+    elif kind == "slurm":
+        options["job_extra_directives"] = with_slurm_gpu(directives)
     else:
-        gpu = {"slurm": "--gres=gpu:1", "lsf": '-gpu "num=1"', "sge": "-l gpu=1"}[kind]
+        gpu = {"lsf": '-gpu "num=1"', "sge": "-l gpu=1"}[kind]
         options["job_extra_directives"] = [*directives, gpu]
+
+
+def _asked_resources(request: ClusterRequest) -> tuple[Any, str]:
+    """Give the directives and the resources of the options, or else of the site."""
+    directives = request.options.get("job_extra_directives")
+    if directives is None:
+        directives = _configured(request.kind, "job-extra-directives") or []
+    resources = request.options.get("resource_spec")
+    return directives, resources or _configured(request.kind, "resource-spec") or ""
