@@ -15,6 +15,7 @@ from distributed import Security
 
 from dask_nn.clusters import jobqueue
 from dask_nn.clusters.jobqueue import SYSTEMS, check_request, make_cluster
+from dask_nn.clusters.jobqueue_options import FORMER_NAMES
 from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ConfigurationError
 
@@ -189,6 +190,68 @@ def test_a_gpu_is_added_to_resources_or_is_in_them(tmp_path: Path) -> None:
     mine = {"resource_spec": "{gpu_count>0}/nodes=1/core=4", **oar}
     with pytest.raises(ConfigurationError, match="gpus=1 asks for a GPU and resource_spec"):
         script("oar", tmp_path, gpus=1, options=mine)
+
+
+ONE_TEXT = {
+    "job_script_prologue": "module load cuda",
+    "worker_extra_args": "--lifetime '1 hour' --local-directory $TMPDIR",
+}
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+def test_a_text_stands_for_a_list_of_one_line(kind: str, tmp_path: Path) -> None:
+    options = {**ONE_TEXT, **OF_THE_SITE.get(kind, {})}
+    if kind != "htcondor":
+        options |= {"job_extra_directives": "-m both", "job_directives_skip": "dask-worker"}
+    text = script(kind, tmp_path, options=options)
+    assert text == script(
+        kind,
+        tmp_path,
+        options=options
+        | {name: [value] for name, value in options.items() if name in {*ONE_TEXT, *FORMER_NAMES}},
+    )
+    assert "module load cuda" in text
+    assert "$TMPDIR --preload torch" in text
+    if kind != "htcondor":
+        assert re.search("^#.* -m both$", text, re.MULTILINE)
+        assert "dask-worker\n" not in text
+        assert len(re.findall("^#", text, re.MULTILINE)) >= 3
+
+
+def test_a_text_stands_for_a_list_in_the_configuration_of_the_site(tmp_path: Path) -> None:
+    site = {"job-script-prologue": "module load cuda", "job-extra-directives": "--exclusive"}
+    with dask.config.set({f"jobqueue.slurm.{name}": value for name, value in site.items()}):
+        text = script("slurm", tmp_path, gpus=1)
+        lines = text.splitlines()
+        assert {"module load cuda", "#SBATCH --exclusive", "#SBATCH --gres=gpu:1"} <= set(lines)
+    with (
+        dask.config.set({"jobqueue.slurm.job-script-prologue": 5}),
+        pytest.raises(
+            ConfigurationError, match=r"jobqueue.slurm in Dask's .*: job_script_prologue must be"
+        ),
+    ):
+        script("slurm", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.* has been renamed to:FutureWarning")
+def test_the_former_names_of_options_are_not_forgotten(tmp_path: Path) -> None:
+    options = {"job_extra": ["-C gpu"], "env_extra": "module load cuda", "extra": ["--lifetime", 1]}
+    text = script("slurm", tmp_path, gpus=1, env={"A": "b"}, options=options)
+    assert "#SBATCH -C gpu\n#SBATCH --gres=gpu:1\n" in text
+    assert "\nmodule load cuda\n" in text
+    assert "--lifetime 1 --preload torch" in text
+
+
+def test_words_of_htcondors_own_commands_are_not_cut_into_letters(tmp_path: Path) -> None:
+    async def made() -> str:
+        options = {"submit_command_extra": "-name 'a b'"}
+        request = ClusterRequest(kind="htcondor", options=options)
+        cluster = make_cluster(request, folder=tmp_path, asynchronous=True)
+        command = str(cluster._dummy_job.submit_command)
+        await cluster.close()
+        return command
+
+    assert asyncio.run(made()) == "condor_submit -name 'a b'"
 
 
 def test_what_the_site_has_configured_holds_and_need_not_be_understood(tmp_path: Path) -> None:

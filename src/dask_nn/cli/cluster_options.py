@@ -210,8 +210,11 @@ def from_table(table: dict[str, Any], where: str) -> ClusterChoice:
     ConfigurationError
         If keys contradict each other, or a value cannot work.
     """
+    from dask_nn.clusters.option_types import MAPPING, SWITCH, TEXT, check_types
     from dask_nn.errors import ConfigurationError
 
+    types = {"options": MAPPING, "scheduler": TEXT, "tls": SWITCH}
+    check_types(table, types, prefix=f"{where} ")
     rest = dict(table)
     scheduler = rest.pop("scheduler", None)
     if scheduler is not None:
@@ -223,8 +226,6 @@ def from_table(table: dict[str, Any], where: str) -> ClusterChoice:
         return _address(scheduler)
     kind = rest.pop("kind", "local")
     options = rest.pop("options", {})
-    if not isinstance(options, dict):
-        raise ConfigurationError(f"{where} options must be a table, got {options!r}")
     if rest.pop("tls", False):
         rest["security"] = True
     for other, name in SYNONYMS.items():

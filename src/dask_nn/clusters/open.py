@@ -53,7 +53,7 @@ def cluster(
     gpus: int = 0,
     security: Security | bool | None = None,
     env: Mapping[str, str] | None = None,
-    preload: Sequence[str] = ("torch",),
+    preload: str | Sequence[str] = ("torch",),
     start_timeout_s: float = START_TIMEOUT_S,
     **options: Any,
 ) -> Iterator[Client]:
@@ -84,7 +84,7 @@ def cluster(
         TLS for everything that Dask sends; True makes temporary certificates.
     env : mapping, optional
         Environment variables of the workers.
-    preload : sequence of str, default ("torch",)
+    preload : str or sequence of str, default ("torch",)
         Modules that the workers import before they take work.
     start_timeout_s : float, default 600
         How long to wait for the workers, in seconds.
@@ -115,7 +115,7 @@ def cluster(
         gpus=gpus,
         security=security,
         env=env or {},
-        preload=tuple(preload),
+        preload=preload,
         start_timeout_s=start_timeout_s,
         options=options,
     )
@@ -159,7 +159,7 @@ def _check_walltime(request: ClusterRequest) -> None:
         )
 
 
-def check_kind(kind: str) -> None:
+def check_kind(kind: Any) -> None:
     """Refuse an unknown kind of cluster.
 
     Raises
@@ -167,6 +167,8 @@ def check_kind(kind: str) -> None:
     ConfigurationError
         With the nearest kind that exists.
     """
+    if not isinstance(kind, str):
+        raise ConfigurationError(f'kind of cluster must be a text such as "slurm", got {kind!r}')
     if kind in KINDS:
         return
-    raise ConfigurationError(f"unknown kind of cluster {kind!r}{nearest(str(kind), KINDS)}")
+    raise ConfigurationError(f"unknown kind of cluster {kind!r}{nearest(kind, KINDS)}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dask.utils import parse_bytes
 from distributed import Security
 
+from dask_nn.clusters.option_types import TEXTS, check_types, lines
 from dask_nn.errors import ConfigurationError
 
 __all__ = ["ClusterRequest"]
@@ -45,7 +46,7 @@ class ClusterRequest:
         cluster.
     env : mapping of str to str
         Environment variables of the workers.
-    preload : tuple of str
+    preload : str or sequence of str
         Modules that the workers import before they take work.
     start_timeout_s : float
         How long to wait for the workers, in seconds.
@@ -67,7 +68,7 @@ class ClusterRequest:
     gpus: int = 0
     security: Security | bool | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    preload: tuple[str, ...] = ("torch",)
+    preload: str | Sequence[str] = ("torch",)
     start_timeout_s: float = START_TIMEOUT_S
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +77,7 @@ class ClusterRequest:
             _check_count("workers", self.workers)
         _check_count("cores", self.cores)
         self._check_adapt()
-        if isinstance(self.gpus, bool) or self.gpus not in {0, 1}:
+        if isinstance(self.gpus, bool) or self.gpus not in (0, 1):
             raise ConfigurationError(
                 f"gpus must be 0 or 1, got {self.gpus!r}: a worker runs one rank, and a rank uses "
                 "one GPU; ask for more workers instead"
@@ -101,9 +102,8 @@ class ClusterRequest:
         seconds: Any = self.start_timeout_s
         if not (_is_number(seconds) and seconds > 0):
             raise ConfigurationError(f"start_timeout_s must be a positive number, got {seconds!r}")
-        preload: Any = self.preload
-        names = [preload] if isinstance(preload, str) else preload
-        object.__setattr__(self, "preload", tuple(names))
+        check_types({"preload": self.preload}, {"preload": TEXTS})
+        object.__setattr__(self, "preload", tuple(lines(self.preload)))
 
     def _check_adapt(self) -> None:
         adapt: Any = self.adapt
@@ -166,7 +166,7 @@ def _check_memory(memory: Any) -> None:
     try:
         if memory is not None and not (isinstance(memory, str) and parse_bytes(memory) > 0):
             raise ValueError  # noqa: TRY301
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigurationError(
             f'memory must be a size with its unit, such as "16 GB", got {memory!r}'
         ) from None
