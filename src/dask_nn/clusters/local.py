@@ -204,7 +204,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         security=request.security,
         env=request.env,
         gpus=request.gpus,
-        start_timeout_s=request.start_timeout_s,
+        start_timeout_s=request.timeout_s,
         **options,
     ) as client:
         if request.adapt:

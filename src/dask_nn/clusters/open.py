@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_nn.clusters.hangups import heard_as_interrupts
 from dask_nn.clusters.known_names import nearest
-from dask_nn.clusters.request import START_TIMEOUT_S, ClusterRequest
+from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def cluster(
     security: Security | bool | None = None,
     env: Mapping[str, str] | None = None,
     preload: str | Sequence[str] = ("torch",),
-    start_timeout_s: float = START_TIMEOUT_S,
+    start_timeout_s: float | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """Run a cluster for the length of a ``with`` block.
@@ -86,8 +86,9 @@ def cluster(
         Environment variables of the workers.
     preload : str or sequence of str, default ("torch",)
         Modules that the workers import before they take work.
-    start_timeout_s : float, default 600
-        How long to wait for the workers, in seconds.
+    start_timeout_s : float, optional
+        How long to wait for the workers, in seconds: by default 600, and 10 for the answer of a
+        scheduler that runs already.
     **options
         Keyword arguments of the library that starts this kind of cluster.
 

@@ -48,8 +48,8 @@ class ClusterRequest:
         Environment variables of the workers.
     preload : str or sequence of str
         Modules that the workers import before they take work.
-    start_timeout_s : float
-        How long to wait for the workers, in seconds.
+    start_timeout_s : float or None
+        How long to wait for the workers, in seconds; see `timeout_s`.
     options : mapping of str to object
         Keyword arguments of the library that starts the cluster, handed on as they are.
 
@@ -69,7 +69,7 @@ class ClusterRequest:
     security: Security | bool | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     preload: str | Sequence[str] = ("torch",)
-    start_timeout_s: float = START_TIMEOUT_S
+    start_timeout_s: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class ClusterRequest:
                     f"{name} is an argument of the cluster itself, not one of its options"
                 )
         seconds: Any = self.start_timeout_s
-        if not (_is_number(seconds) and seconds > 0):
+        if seconds is not None and not (_is_number(seconds) and seconds > 0):
             raise ConfigurationError(f"start_timeout_s must be a positive number, got {seconds!r}")
         check_types({"preload": self.preload}, {"preload": TEXTS})
         object.__setattr__(self, "preload", tuple(lines(self.preload)))
@@ -129,6 +129,11 @@ class ClusterRequest:
     def wanted(self) -> int | None:
         """Workers to wait for: all of a fixed number, the minimum of a range."""
         return self.adapt[0] if self.adapt else self.workers
+
+    @property
+    def timeout_s(self) -> float:
+        """How long to wait for the workers, in seconds: as was asked for, or 600."""
+        return START_TIMEOUT_S if self.start_timeout_s is None else self.start_timeout_s
 
     def with_certificates(self) -> ClusterRequest:
         """Make what ``security=True`` asks for; afterwards it is a Security or None.

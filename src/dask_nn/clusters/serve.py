@@ -108,7 +108,7 @@ def serve(
         stack.callback(runner.stop, 1)
         made: list[Cluster] = []
         stack.callback(_close, runner, made, close, close_timeout_s)
-        deadline = time.monotonic() + request.start_timeout_s
+        deadline = time.monotonic() + request.timeout_s
         _start_cluster(runner, request, make, made)
         cluster = made[0]
         client = Client(cluster, timeout=30, set_as_default=True)
@@ -148,7 +148,7 @@ def _start_cluster(
 
 async def _start(request: ClusterRequest, make: Callable[[], Any], made: list[Cluster]) -> None:
     try:
-        async with asyncio.timeout(request.start_timeout_s) as limit:
+        async with asyncio.timeout(request.timeout_s) as limit:
             cluster = make()
             if inspect.isawaitable(cluster) and not hasattr(cluster, "scheduler_info"):
                 cluster = await cluster
@@ -227,7 +227,7 @@ async def _told(
 
 def _too_late(request: ClusterRequest, what: str) -> ClusterError:
     return ClusterError(
-        f"the {request.kind} cluster was not there within {request.start_timeout_s:g} s: {what}; "
+        f"the {request.kind} cluster was not there within {request.timeout_s:g} s: {what}; "
         "wait longer (start_timeout_s=, --start-timeout), or ask for less"
     )
 

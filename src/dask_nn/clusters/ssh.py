@@ -81,7 +81,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     with ExitStack() as stack:
 
         async def make() -> Any:
-            await check_hosts(hosts, request.start_timeout_s)
+            await check_hosts(hosts, request.timeout_s)
             if isinstance(request.security, Security):
                 # Some hosts may have got theirs when another one fails, or Ctrl-C is pressed.
                 stack.callback(_remove, hosts, folder)
