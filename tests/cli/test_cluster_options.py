@@ -104,6 +104,12 @@ def test_a_table_of_a_job_file_says_the_same() -> None:
     )
 
 
+def test_a_table_may_say_how_long_to_wait_for_a_scheduler() -> None:
+    choice = from_table({"scheduler": "tcp://a:1", "start_timeout_s": 300}, "[cluster]")
+    assert choice == chosen("--scheduler", "tcp://a:1", "--start-timeout", "300")
+    assert from_table({"scheduler": "tcp://a:1"}, "") == chosen("--scheduler", "tcp://a:1")
+
+
 def test_older_words_are_understood() -> None:
     choice = from_table({"threads_per_worker": 2, "memory_limit": "1 GB"}, "[cluster]")
     assert choice.arguments == {"cores": 2, "memory": "1 GB"}
@@ -116,8 +122,18 @@ def test_older_words_are_understood() -> None:
         ({"kind": "slrum"}, r"\[cluster\] unknown kind of cluster 'slrum'"),
         ({"workers": 2, "adapt": [1, 2]}, "give either"),
         ({"scheduler": "tcp://a:1", "workers": 2}, "workers start one: give either"),
+        (
+            {"scheduler": "tcp://a:1", "start_timeout_s": "long"},
+            r"\[cluster\] start_timeout_s must be a positive number, got 'long'",
+        ),
         ({"cores": 1, "threads_per_worker": 1}, "mean the same"),
-        ({"options": 3}, "options must be a table"),
+        ({"kind": ["slurm"]}, r"\[cluster\] kind of cluster must be a text"),
+        ({"tls": "false"}, r"\[cluster\] tls must be True or False .*without quotes, got 'false'"),
+        ({"tls": "no"}, "tls must be True or False"),
+        ({"scheduler": 8786}, "scheduler must be a text"),
+        ({"gpus": [1]}, "gpus must be 0 or 1"),
+        ({"options": {"processes": "false"}}, "processes must be True or False"),
+        ({"options": 3}, "options must be a mapping"),
         ({"kind": "ssh", "options": {"host": "a"}}, "no option 'host'"),
     ],
 )

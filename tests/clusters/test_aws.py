@@ -297,6 +297,21 @@ def test_a_fargate_worker_gets_its_threads_memory_and_preloads():
     assert wanted.items() <= arguments.items()
 
 
+def test_a_text_stands_for_a_list():
+    options = {"service": "fargate", "image": IMAGE, "security_groups": "sg-1", "subnets": "s-1"}
+    options |= {"worker_extra_args": "--name 'a b'", "scheduler_extra_args": "--show"}
+    arguments = fargate_arguments(request(options | {"scheduler_timeout": 60}, preload=()))
+    assert arguments["worker_extra_args"] == ["--name", "a b"]
+    assert arguments["scheduler_extra_args"] == ["--show"]
+    assert arguments["security_groups"] == ["sg-1"]
+    assert arguments["subnets"] == ["s-1"]
+    assert arguments["scheduler_timeout"] == "60"
+    options = EC2 | {"security_groups": "sg-1", "extra_bootstrap": "apt-get update"}
+    arguments = ec2_arguments(request(options), "token")
+    assert arguments["security_groups"] == ["sg-1"]
+    assert arguments["extra_bootstrap"] == ["apt-get update"]
+
+
 @pytest.fixture(scope="module")
 def region(tmp_path_factory: pytest.TempPathFactory, unavailable: Any) -> Any:
     """Run jobs, one after the other, in a region of AWS of their own."""

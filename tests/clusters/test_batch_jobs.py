@@ -78,6 +78,23 @@ def test_the_queue_is_asked_for_the_jobs_of_one_user(fake_slurm, jobs) -> None:
     assert f"--user={os.getuid()}" in fake_slurm.asked().split()
 
 
+def test_the_log_of_a_job_is_not_that_of_another_whose_number_contains_its_own(
+    fake_slurm, jobs
+) -> None:
+    jobs.log_folder.mkdir()
+    for name in ("dask-worker-17.err", "dask-worker-70.err", "dask-worker.o177", "other.err"):
+        (jobs.log_folder / name).write_text(f"of {name}")
+    fake_slurm.squeue("echo '7|FAILED|None'; echo '8|RUNNING|None'")
+    assert asyncio.run(jobs.hopeless(cluster())).splitlines()[1:] == ["job 7: FAILED"]
+    (jobs.log_folder / "dask-worker-7.err").write_text("no module")
+    told = asyncio.run(jobs.hopeless(cluster()))
+    assert told.endswith("job 7: FAILED\ndask-worker-7.err ends with:\nno module")
+    # As HTCondor and PBS name theirs.
+    for name, number in (("worker-12.0.out", "12.0"), ("dask-worker.o34", "34")):
+        (jobs.log_folder / name).write_text("no module")
+        assert jobs._tails([number]) == [f"{name} ends with:\nno module"]
+
+
 def test_a_queue_that_hangs_is_killed(
     fake_slurm, jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

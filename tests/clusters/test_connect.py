@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+import dask_nn
+from dask_nn.clusters import connect as connect_module
 from dask_nn.clusters.connect import connect
 from dask_nn.errors import SchedulerUnreachable
 
@@ -30,6 +34,29 @@ def _collect_what_distributed_forgot() -> Iterator[None]:
 def test_it_connects_to_a_running_scheduler(threads_cluster2: LocalCluster) -> None:
     with connect(threads_cluster2.scheduler_address) as client:
         assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_it_waits_for_a_scheduler_for_as_long_as_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connect_module, "CONNECT_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    with (
+        pytest.raises(SchedulerUnreachable, match=r"within 0\.1 s"),
+        dask_nn.cluster("address", address=address),
+    ):
+        pass
+    # Python itself takes longer to start than the default here.
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as scheduler:
+        try:
+            with dask_nn.cluster("address", address=address, start_timeout_s=60) as client:
+                assert client.scheduler_info()["address"] == address
+        finally:
+            scheduler.terminate()
 
 
 def test_a_worker_is_told_from_a_scheduler(threads_cluster2: LocalCluster) -> None:

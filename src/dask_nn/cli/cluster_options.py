@@ -215,21 +215,23 @@ def from_table(table: dict[str, Any], where: str) -> ClusterChoice:
     ConfigurationError
         If keys contradict each other, or a value cannot work.
     """
+    from dask_nn.clusters.option_types import MAPPING, SWITCH, TEXT, check_types
     from dask_nn.errors import ConfigurationError
 
+    types = {"options": MAPPING, "scheduler": TEXT, "tls": SWITCH}
+    check_types(table, types, prefix=f"{where} ")
     rest = dict(table)
     scheduler = rest.pop("scheduler", None)
     if scheduler is not None:
+        timeout_s = rest.pop("start_timeout_s", CONNECT_TIMEOUT_S)
         if rest:
             raise ConfigurationError(
                 f"{where} scheduler= uses a running cluster, {', '.join(rest)} start one: give "
                 "either"
             )
-        return _address(scheduler)
+        return _checked(_address(scheduler, timeout_s), where)
     kind = rest.pop("kind", "local")
     options = rest.pop("options", {})
-    if not isinstance(options, dict):
-        raise ConfigurationError(f"{where} options must be a table, got {options!r}")
     if rest.pop("tls", False):
         rest["security"] = True
     for other, name in SYNONYMS.items():
@@ -239,7 +241,12 @@ def from_table(table: dict[str, Any], where: str) -> ClusterChoice:
             rest[name] = rest.pop(other)
     if rest.get("memory") == "auto":
         del rest["memory"]
-    choice = ClusterChoice(kind=kind, arguments=rest, options=options)
+    return _checked(ClusterChoice(kind=kind, arguments=rest, options=options), where)
+
+
+def _checked(choice: ClusterChoice, where: str) -> ClusterChoice:
+    from dask_nn.errors import ConfigurationError
+
     try:
         choice.check()
     except ConfigurationError as error:
@@ -247,7 +254,7 @@ def from_table(table: dict[str, Any], where: str) -> ClusterChoice:
     return choice
 
 
-def _address(scheduler: str, timeout_s: float = CONNECT_TIMEOUT_S) -> ClusterChoice:
+def _address(scheduler: str, timeout_s: float) -> ClusterChoice:
     return ClusterChoice(
         kind="address",
         arguments={"start_timeout_s": timeout_s},

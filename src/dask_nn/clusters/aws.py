@@ -12,6 +12,7 @@ from distributed import Security
 
 from dask_nn.clusters.aws_account import Account
 from dask_nn.clusters.certificates import pem_texts, security_of_texts, tls_settings
+from dask_nn.clusters.option_types import TEXT, check_types
 from dask_nn.clusters.optional import import_optional
 from dask_nn.errors import ConfigurationError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_request", "open_cluster"]
 
+TYPES = dict.fromkeys(("image", "protocol", "region", "service"), TEXT)
 SERVICES = {"ec2": "dask_nn.clusters.aws_ec2", "fargate": "dask_nn.clusters.aws_fargate"}
 
 
@@ -68,6 +70,7 @@ def check_request(request: ClusterRequest) -> None:
     ConfigurationError
         If one cannot work, or dask-cloudprovider is not installed.
     """
+    check_types(request.options, TYPES)
     name: Any = request.options.get("service", "ec2")
     if name not in SERVICES:
         raise ConfigurationError(

@@ -24,6 +24,18 @@ from distributed.core import Status
 from dask_nn.clusters.aws_ending import GONE, TAG, describe, end_machines
 from dask_nn.clusters.aws_options import check_known
 from dask_nn.clusters.loop import see_through
+from dask_nn.clusters.option_types import (
+    COUNT,
+    LINES,
+    OF_SCHEDULERS,
+    OF_WORKERS,
+    SWITCH,
+    TAGS,
+    TEXT,
+    TEXTS,
+    check_types,
+    lines,
+)
 from dask_nn.clusters.request import DEATH_TIMEOUT, IDLE_TIMEOUT
 from dask_nn.clusters.serve import serve
 from dask_nn.errors import ClusterError, ConfigurationError
@@ -39,6 +51,18 @@ if TYPE_CHECKING:
 __all__ = ["check_options", "ec2_arguments", "open_cluster"]
 
 OWN = ("service", "image", "protocol")
+TYPES = {
+    **dict.fromkeys(("ami", "key_name", "subnet_id", "vpc", "docker_args", "worker_class"), TEXT),
+    **dict.fromkeys(("instance_type", "scheduler_instance_type", "worker_instance_type"), TEXT),
+    **dict.fromkeys(("bootstrap", "auto_shutdown", "debug", "spot", "use_private_ip"), SWITCH),
+    **dict.fromkeys(("availability_zone", "security_groups"), TEXTS),
+    **dict.fromkeys(("instance_tags", "volume_tags", "iam_instance_profile"), TAGS),
+    "enable_detailed_monitoring": SWITCH,
+    "extra_bootstrap": LINES,
+    "filesystem_size": COUNT,
+    "scheduler_options": OF_SCHEDULERS,
+    "worker_options": OF_WORKERS,
+}
 TAKEN = ("docker_image", "gpu_instance", "worker_module", "command")
 # EC2 takes so much text for a machine to start with.
 LARGEST_USER_DATA = 16384
@@ -215,6 +239,7 @@ def check_options(request: ClusterRequest) -> None:
         If one cannot work.
     """
     check_known(request.options, EC2Cluster, OWN, TAKEN)
+    check_types(request.options, TYPES)
     _instance_types(request)
     for name, value in request.env.items():
         if "\n" in value:
@@ -256,6 +281,12 @@ def ec2_arguments(request: ClusterRequest, token: str) -> dict[str, Any]:
         Written on every machine as a tag, by which it is found and ended.
     """
     options = {name: value for name, value in request.options.items() if name not in OWN}
+    for name in {"extra_bootstrap", "security_groups"} & set(options):
+        options[name] = lines(options[name])
+
+    def given(name: str) -> dict[str, Any]:
+        return options.get(name) or {}
+
     worker: dict[str, Any] = {"nthreads": request.cores, "death_timeout": DEATH_TIMEOUT}
     if request.memory is not None:
         worker["memory_limit"] = parse_bytes(request.memory)
@@ -265,9 +296,9 @@ def ec2_arguments(request: ClusterRequest, token: str) -> dict[str, Any]:
         "docker_image": request.options["image"],
         "security": request.security or False,
         "env_vars": {name: _quoted(value) for name, value in request.env.items()},
-        "worker_options": worker | options.get("worker_options", {}),
-        "scheduler_options": {"idle_timeout": IDLE_TIMEOUT} | options.get("scheduler_options", {}),
-        "instance_tags": options.get("instance_tags", {}) | {TAG: token},
+        "worker_options": {**worker, **given("worker_options")},
+        "scheduler_options": {"idle_timeout": IDLE_TIMEOUT, **given("scheduler_options")},
+        "instance_tags": {**given("instance_tags"), TAG: token},
     }
 
 

@@ -18,6 +18,20 @@ from distributed import Security
 
 from dask_nn.clusters.aws_options import check_known
 from dask_nn.clusters.certificates import as_environment, pem_texts, tls_settings
+from dask_nn.clusters.option_types import (
+    ARGUMENTS,
+    COUNT,
+    MAPPING,
+    PORT,
+    SECONDS,
+    SWITCH,
+    TAGS,
+    TEXT,
+    TEXTS,
+    arguments,
+    check_types,
+    lines,
+)
 from dask_nn.clusters.request import IDLE_TIMEOUT
 from dask_nn.clusters.serve import serve
 from dask_nn.errors import ConfigurationError
@@ -35,6 +49,20 @@ __all__ = ["check_options", "fargate_arguments", "fargate_size", "open_cluster"]
 logger = logging.getLogger(__name__)
 
 OWN = ("service", "region", "protocol")
+_TEXTS = ("security_groups", "subnets", "task_role_policies")
+TYPES = {
+    **dict.fromkeys(("cluster_arn", "execution_role_arn", "task_role_arn", "vpc"), TEXT),
+    **dict.fromkeys(("cluster_name_template", "cpu_architecture", "platform_version"), TEXT),
+    **dict.fromkeys(("scheduler_cpu", "scheduler_mem"), COUNT),
+    **dict.fromkeys(("scheduler_extra_args", "worker_extra_args"), ARGUMENTS),
+    **dict.fromkeys(("skip_cleanup", "fargate_use_private_ip", "fargate_spot"), SWITCH),
+    **dict.fromkeys(("scheduler_task_kwargs", "worker_task_kwargs"), MAPPING),
+    **dict.fromkeys(_TEXTS, TEXTS),
+    "mount_volumes_on_scheduler": SWITCH,
+    "scheduler_port": PORT,
+    "scheduler_timeout": SECONDS,
+    "tags": TAGS,
+}
 TAKEN = ("worker_cpu", "worker_mem", "worker_nthreads", "worker_gpu", "region_name")
 # GiB that Fargate sells with so many processors: from, to, in steps of.
 SIZES = {1: (2, 8, 1), 2: (4, 16, 1), 4: (8, 30, 1), 8: (16, 60, 4), 16: (32, 120, 8)}
@@ -139,6 +167,7 @@ def check_options(request: ClusterRequest) -> None:
         If one cannot work.
     """
     check_known(request.options, FargateCluster, OWN, TAKEN)
+    check_types(request.options, TYPES)
     if request.gpus:
         raise ConfigurationError(
             "Fargate has no GPUs; take virtual machines: service='ec2' with instance_type such as "
@@ -187,17 +216,21 @@ def fargate_size(cores: int, memory: str | None) -> tuple[int, int]:
 def fargate_arguments(request: ClusterRequest) -> dict[str, Any]:
     """Turn a request into the arguments of ``dask_cloudprovider.aws.FargateCluster``."""
     options = {name: value for name, value in request.options.items() if name not in OWN}
+    for name in set(_TEXTS) & set(options):
+        options[name] = lines(options[name])
+    if options.get("scheduler_extra_args") is not None:
+        options["scheduler_extra_args"] = arguments(options["scheduler_extra_args"])
     cpu, memory_mib = fargate_size(request.cores, request.memory)
     preload = [part for module in request.preload for part in ("--preload", module)]
     return {
-        "scheduler_timeout": IDLE_TIMEOUT,
         # It would delete what belongs to another cluster of the account that is just starting.
         "skip_cleanup": True,
         **options,
+        "scheduler_timeout": str(options.get("scheduler_timeout") or IDLE_TIMEOUT),
         "worker_cpu": cpu,
         "worker_mem": memory_mib,
         "worker_nthreads": request.cores,
-        "worker_extra_args": [*preload, *options.get("worker_extra_args", ())],
+        "worker_extra_args": [*preload, *arguments(options.get("worker_extra_args"))],
         "environment": dict(request.env),
         "security": request.security or Security(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,11 @@ class BatchJobs:
     def _tails(self, numbers: Iterable[str]) -> list[str]:
         """Give the ends of the logs of some jobs; one if all say the same."""
         tails: dict[str, str] = {}
+        paths = sorted(self.log_folder.glob("*"))
         for number in numbers:
-            for path in sorted(self.log_folder.glob(f"*{number}*")):
+            # A folder that stays holds logs of other jobs, too: 133 is not 33.
+            named = re.compile(rf"(?<!\d){re.escape(number)}(?!\d)")
+            for path in filter(lambda path: named.search(path.name), paths):
                 lines = [line for line in _text(path).splitlines() if line.strip()]
                 if lines:
                     tails.setdefault("\n".join(lines[-LOG_TAIL_LINES:]), path.name)

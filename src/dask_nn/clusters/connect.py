@@ -75,7 +75,8 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     """
     address = str(request.options["address"])
     security = request.security if isinstance(request.security, Security) else None
-    timeout_s = min(request.start_timeout_s, CONNECT_TIMEOUT_S)
+    given_s = request.start_timeout_s
+    timeout_s = CONNECT_TIMEOUT_S if given_s is None else given_s
     with closing(connect(address, timeout_s, security=security)) as client:
         _wait_for(client, request)
         yield client
@@ -114,12 +115,12 @@ def _wait_for(client: Client, request: ClusterRequest) -> None:
     if request.workers is None:
         return
     try:
-        client.wait_for_workers(request.workers, timeout=request.start_timeout_s)
+        client.wait_for_workers(request.workers, timeout=request.timeout_s)
     except TimeoutError:
         info = client.scheduler_info(n_workers=-1)
         raise ClusterError(
             f"{len(info['workers'])} of {request.workers} workers were at {info['address']} within "
-            f"{request.start_timeout_s:g} s; start more, or ask for less"
+            f"{request.timeout_s:g} s; start more, or ask for less"
         ) from None
 
 

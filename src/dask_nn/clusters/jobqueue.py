@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -10,15 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Security
 
 from dask_nn.clusters.batch_jobs import BatchJobs
 from dask_nn.clusters.certificates import pem_texts, security_of_files
 from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.gpu_requests import asks_for_gpu, with_slurm_gpu
 from dask_nn.clusters.jobqueue_import import import_dask_jobqueue
-from dask_nn.clusters.known_names import refuse_unknown
+from dask_nn.clusters.jobqueue_options import (
+    OAR_GPU,
+    asked,
+    asked_resources,
+    check_options,
+    configured,
+)
+from dask_nn.clusters.option_types import arguments, lines
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
 from dask_nn.clusters.walltime import walltime_s
@@ -109,7 +115,7 @@ def check_request(request: ClusterRequest) -> None:
         If not.
     """
     system = SYSTEMS[request.kind]
-    _check_options(request, getattr(import_dask_jobqueue(request.kind), system.cluster))
+    check_options(request, getattr(import_dask_jobqueue(request.kind), system.cluster))
     if shutil.which(system.submit) is None:
         raise ConfigurationError(
             f"cluster kind {request.kind!r} submits jobs with {system.submit}, which is not on "
@@ -149,7 +155,7 @@ def make_cluster(
     """
     module = import_dask_jobqueue(request.kind)
     kind = getattr(module, SYSTEMS[request.kind].cluster)
-    _check_options(request, kind)
+    check_options(request, kind)
     options = _with_defaults(request, folder)
     job_class = kind.job_cls if jobs is None else jobs.recorded(kind.job_cls)
     try:
@@ -158,77 +164,57 @@ def make_cluster(
         raise ConfigurationError(f"{SYSTEMS[request.kind].cluster}: {error}") from error
 
 
-def _check_options(request: ClusterRequest, kind: type[Any]) -> None:
-    known: set[str] = set()
-    for part in (*kind.__mro__, *kind.job_cls.__mro__):
-        if part.__module__.startswith("dask_jobqueue"):
-            known |= set(inspect.signature(part.__init__).parameters)
-    known -= {"self", "scheduler", "name", "loop", "asynchronous", "n_workers", "job_cls"}
-    refuse_unknown(request.options, sorted(known), of=f"{kind.__name__} has")
-    if request.gpus and request.options.get("processes", 1) != 1:
-        raise ConfigurationError(
-            "processes= puts several workers into a job, which would see all GPUs of the job; "
-            "leave it out, and each worker gets a job with a GPU of its own"
-        )
-    if request.walltime is not None:
-        if request.kind == "htcondor":
-            raise ConfigurationError(
-                "HTCondor has no walltime of its own; give what your pool uses, such as "
-                'job_extra_directives={"+MaxRuntime": "7200"}'
-            )
-        walltime_s(request.kind, request.walltime)
-
-
 def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     options = dict(request.options)
-    processes = options.setdefault("processes", 1)
+    processes = options["processes"] = options.get("processes") or 1
     options["cores"] = request.cores * processes
-    memory = request.memory or _configured(request.kind, "memory") or DEFAULT_MEMORY
+    memory = request.memory or configured(request.kind, "memory") or DEFAULT_MEMORY
     options["memory"] = format_bytes(parse_bytes(memory) * processes)
     options["log_directory"] = str(_log_folder(request, folder))
-    scheduler = options.get("scheduler_options")
-    if scheduler is None:
-        scheduler = _configured(request.kind, "scheduler-options") or {}
+    scheduler = asked(request, "scheduler_options") or {}
     options["scheduler_options"] = {"dashboard_address": free_or_any(":8787"), **scheduler}
     if isinstance(request.security, Security):
         options["security"] = security_of_files(folder, pem_texts(request.security))
     if request.walltime is not None:
         options["walltime"] = request.walltime
     if request.kind == "htcondor":
-        options.setdefault("disk", _configured(request.kind, "disk") or DEFAULT_DISK)
+        options.setdefault("disk", configured(request.kind, "disk") or DEFAULT_DISK)
     if request.kind == "lsf":
         # Where LSF is, dask-jobqueue asks it for the units of its memory limits.
-        options.setdefault("lsf_units", _configured("lsf", "lsf-units") or _lsf_units())
+        options.setdefault("lsf_units", configured("lsf", "lsf_units") or _lsf_units())
+    directives, _ = asked_resources(request)
+    options["job_extra_directives"] = directives
+    options["job_directives_skip"] = lines(asked(request, "job_directives_skip"))
+    for name in {"cancel_command_extra", "submit_command_extra"} & set(options):
+        options[name] = arguments(options[name])
     if request.gpus:
         _add_gpu(request, options)
     preload = [word for module in request.preload for word in ("--preload", module)]
-    extra = options.get("worker_extra_args") or _configured(request.kind, "worker-extra-args") or []
+    # A shell reads them from the script, so that a text stays as it is, with its quotes.
+    extra = lines(asked(request, "worker_extra_args"))
     options["worker_extra_args"] = [*extra, *preload]
-    before = options.get("job_script_prologue")
-    if before is None:
-        before = _configured(request.kind, "job-script-prologue") or []
+    before = lines(asked(request, "job_script_prologue"))
     options["job_script_prologue"] = [*_environment(request), *before]
     return options
 
 
 def _log_folder(request: ClusterRequest, folder: Path) -> Path:
     """Give the folder of the jobs' output: what was asked for, the site's, or one's own."""
-    asked = request.options.get("log_directory") or _configured(request.kind, "log-directory")
-    return Path(asked or folder)
+    return Path(asked(request, "log_directory") or folder)
 
 
 def _environment(request: ClusterRequest) -> list[str]:
-    lines = [f"export {name}={_quoted(value)}" for name, value in request.env.items()]
+    exports = [f"export {name}={_quoted(value)}" for name, value in request.env.items()]
     if (seconds := _job_s(request)) is not None:
-        lines.append(
+        exports.append(
             f'export {JOB_END_TIME}="${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds}))}}"'
         )
-    return lines
+    return exports
 
 
 def _job_s(request: ClusterRequest) -> int | None:
     """Give how long a job may run, where that is known."""
-    walltime = request.walltime or _configured(request.kind, "walltime")
+    walltime = request.walltime or configured(request.kind, "walltime")
     if not walltime or request.kind == "htcondor":
         return None
     try:
@@ -242,11 +228,6 @@ def _quoted(value: str) -> str:
     return "'" + value.replace("'", "'\\''") + "'"
 
 
-def _configured(kind: str, key: str) -> Any:
-    """Give what the site has set in Dask's configuration (``jobqueue.yaml``)."""
-    return dask.config.get(f"jobqueue.{kind}.{key}", None)
-
-
 def _lsf_units() -> str:
     lsf: Any = import_optional("dask_jobqueue.lsf", "jobqueue", "lsf")
     return str(lsf.lsf_detect_units()) if shutil.which("bsub") else "mb"
@@ -255,20 +236,20 @@ def _lsf_units() -> str:
 def _add_gpu(request: ClusterRequest, options: dict[str, Any]) -> None:
     """Ask for a GPU in the batch system's words, unless the options do so themselves."""
     kind = request.kind
-    directives = options.get("job_extra_directives")
-    if directives is None:
-        directives = _configured(kind, "job-extra-directives") or []
-    written = f"{directives} {options.get('resource_spec', '')}".lower()
-    if "gpu" in written or "gres" in written:
+    directives, resource_spec = asked_resources(request)
+    if asks_for_gpu(kind, directives, resource_spec):
         return
     if kind == "pbs":
-        size = format_bytes(parse_bytes(options["memory"])).replace(" ", "").replace("iB", "B")
+        pbs: Any = import_optional("dask_jobqueue.pbs", "jobqueue", "pbs")
+        size = pbs.pbs_format_bytes_ceil(parse_bytes(options["memory"]))
         default = f"select=1:ncpus={options['cores']}:mem={size}"
-        options["resource_spec"] = f"{options.get('resource_spec') or default}:ngpus=1"
+        options["resource_spec"] = f"{resource_spec or default}:ngpus=1"
     elif kind == "oar":
-        options.setdefault("resource_spec", "/nodes=1/gpu=1")
+        options["resource_spec"] = OAR_GPU
     elif kind == "htcondor":
-        options["job_extra_directives"] = {**dict(directives), "request_gpus": "1"}
+        options["job_extra_directives"] = {**directives, "request_gpus": "1"}
+    elif kind == "slurm":
+        options["job_extra_directives"] = with_slurm_gpu(directives)
     else:
-        gpu = {"slurm": "--gres=gpu:1", "lsf": '-gpu "num=1"', "sge": "-l gpu=1"}[kind]
+        gpu = {"lsf": '-gpu "num=1"', "sge": "-l gpu=1"}[kind]
         options["job_extra_directives"] = [*directives, gpu]

@@ -20,6 +20,7 @@ from dask_nn.clusters.kubernetes_values import (
     cpu,
     memory,
 )
+from dask_nn.clusters.option_types import MAPPING, SWITCH, check_types
 from dask_nn.clusters.optional import import_optional
 from dask_nn.errors import ConfigurationError
 
@@ -35,6 +36,13 @@ SCHEDULER_PORT = 8786
 LONGEST_NAME = 63 - len("-scheduler")
 # How long a worker looks for its scheduler, and Kubernetes starts it again after that.
 DEATH_TIMEOUT_S = 300
+# Beside those whose values have rules of their own.
+TYPES = {
+    "port_forward": SWITCH,
+    "scheduler_pod": MAPPING,
+    "scheduler_service": MAPPING,
+    "worker_pod": MAPPING,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +112,7 @@ class KubernetesOptions:
     port_forward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("worker_pod", "scheduler_pod", "scheduler_service"):
-            value: Any = getattr(self, name)
-            if not isinstance(value, Mapping):
-                raise ConfigurationError(f"{name} must be a mapping, got {value!r}")
+        check_types(vars(self), TYPES)
         services = ("ClusterIP", "NodePort", "LoadBalancer")
         if self.service_type not in services:
             raise ConfigurationError(
@@ -146,7 +151,7 @@ class KubernetesOptions:
                 "cluster kind 'kubernetes' needs image, a container image with dask-nn and PyTorch "
                 f'such as "registry.example.com/me/dask-nn:1"; got {options.get("image")!r}'
             )
-        return cls(**options)
+        return cls(**{name: value for name, value in options.items() if value is not None})
 
     def named(self, name: str) -> KubernetesOptions:
         """Give the cluster a name if it has none."""

@@ -61,7 +61,7 @@ def local_cluster(
     processes: bool = True,
     memory_limit: str | float | None = "auto",
     preload: Sequence[str] = ("torch",),
-    dashboard_address: str = "127.0.0.1:8787",
+    dashboard_address: str | None = "127.0.0.1:8787",
     security: Security | bool | None = None,
     env: Mapping[str, str] | None = None,
     gpus: int = 0,
@@ -87,7 +87,7 @@ def local_cluster(
         Memory of each worker, as Dask understands it.
     preload : sequence of str, default ("torch",)
         Modules that the workers import before they take work.
-    dashboard_address : str, default "127.0.0.1:8787"
+    dashboard_address : str or None, default "127.0.0.1:8787"
         Where the dashboard listens; another port is taken where this one is busy.
     security : distributed.Security, optional
         TLS for everything that Dask sends.
@@ -147,9 +147,9 @@ def local_cluster(
                     local_directory=scratch,
                     scheduler_kwargs={
                         "local_directory": scratch,
-                        **options.pop("scheduler_kwargs", {}),
+                        **(options.pop("scheduler_kwargs", None) or {}),
                     },
-                    dashboard_address=free_or_any(dashboard_address),
+                    dashboard_address=dashboard_address and free_or_any(dashboard_address),
                     silence_logs=logging.CRITICAL,
                     security=security,
                     asynchronous=True,
@@ -204,7 +204,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         security=request.security,
         env=request.env,
         gpus=request.gpus,
-        start_timeout_s=request.start_timeout_s,
+        start_timeout_s=request.timeout_s,
         **options,
     ) as client:
         if request.adapt:

@@ -9,6 +9,16 @@ from distributed import LocalCluster, Nanny, Worker
 
 from dask_nn.clusters.graphics_cards import check_cards, visible_cards
 from dask_nn.clusters.known_names import refuse_unknown
+from dask_nn.clusters.option_types import (
+    MAPPING,
+    NUMBER,
+    OF_SCHEDULERS,
+    OF_WORKERS,
+    PORT,
+    SWITCH,
+    TEXT,
+    check_types,
+)
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,6 +31,16 @@ OF_THE_REQUEST = {
     *("self", "args", "kwargs", "worker_kwargs", "n_workers", "threads_per_worker", "nthreads"),
     *("security", "env", "preload", "local_directory", "silence_logs", "asynchronous", "loop"),
     *("start", "ip", "workers", "worker", "scheduler", "scheduler_ip", "scheduler_file"),
+}
+
+TYPES = {
+    **OF_WORKERS.keys,
+    "close_timeout_s": NUMBER,
+    "processes": SWITCH,
+    "scheduler_kwargs": OF_SCHEDULERS,
+    "scheduler_port": PORT,
+    "service_kwargs": MAPPING,
+    "worker_dashboard_address": TEXT,
 }
 
 
@@ -43,6 +63,7 @@ def check_request(request: ClusterRequest) -> None:
     refuse_unknown(
         request.options, sorted(known), of="LocalCluster and its workers have", listed=False
     )
+    check_types(request.options, TYPES)
     if request.options.get("processes") is False:
         for name in ("env", "gpus"):
             if getattr(request, name):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_nn.clusters.hangups import heard_as_interrupts
 from dask_nn.clusters.known_names import nearest
-from dask_nn.clusters.request import START_TIMEOUT_S, ClusterRequest
+from dask_nn.clusters.request import ClusterRequest
 from dask_nn.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def cluster(
     gpus: int = 0,
     security: Security | bool | None = None,
     env: Mapping[str, str] | None = None,
-    preload: Sequence[str] = ("torch",),
-    start_timeout_s: float = START_TIMEOUT_S,
+    preload: str | Sequence[str] = ("torch",),
+    start_timeout_s: float | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """Run a cluster for the length of a ``with`` block.
@@ -84,10 +84,11 @@ def cluster(
         TLS for everything that Dask sends; True makes temporary certificates.
     env : mapping, optional
         Environment variables of the workers.
-    preload : sequence of str, default ("torch",)
+    preload : str or sequence of str, default ("torch",)
         Modules that the workers import before they take work.
-    start_timeout_s : float, default 600
-        How long to wait for the workers, in seconds.
+    start_timeout_s : float, optional
+        How long to wait for the workers, in seconds: by default 600, and 10 for the answer of a
+        scheduler that runs already.
     **options
         Keyword arguments of the library that starts this kind of cluster.
 
@@ -115,7 +116,7 @@ def cluster(
         gpus=gpus,
         security=security,
         env=env or {},
-        preload=tuple(preload),
+        preload=preload,
         start_timeout_s=start_timeout_s,
         options=options,
     )
@@ -159,7 +160,7 @@ def _check_walltime(request: ClusterRequest) -> None:
         )
 
 
-def check_kind(kind: str) -> None:
+def check_kind(kind: Any) -> None:
     """Refuse an unknown kind of cluster.
 
     Raises
@@ -167,6 +168,8 @@ def check_kind(kind: str) -> None:
     ConfigurationError
         With the nearest kind that exists.
     """
+    if not isinstance(kind, str):
+        raise ConfigurationError(f'kind of cluster must be a text such as "slurm", got {kind!r}')
     if kind in KINDS:
         return
-    raise ConfigurationError(f"unknown kind of cluster {kind!r}{nearest(str(kind), KINDS)}")
+    raise ConfigurationError(f"unknown kind of cluster {kind!r}{nearest(kind, KINDS)}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dask.utils import parse_bytes
 from distributed import Security
 
+from dask_nn.clusters.option_types import TEXTS, check_types, lines
 from dask_nn.errors import ConfigurationError
 
 __all__ = ["ClusterRequest"]
@@ -45,10 +46,10 @@ class ClusterRequest:
         cluster.
     env : mapping of str to str
         Environment variables of the workers.
-    preload : tuple of str
+    preload : str or sequence of str
         Modules that the workers import before they take work.
-    start_timeout_s : float
-        How long to wait for the workers, in seconds.
+    start_timeout_s : float or None
+        How long to wait for the workers, in seconds; see `timeout_s`.
     options : mapping of str to object
         Keyword arguments of the library that starts the cluster, handed on as they are.
 
@@ -67,8 +68,8 @@ class ClusterRequest:
     gpus: int = 0
     security: Security | bool | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    preload: tuple[str, ...] = ("torch",)
-    start_timeout_s: float = START_TIMEOUT_S
+    preload: str | Sequence[str] = ("torch",)
+    start_timeout_s: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class ClusterRequest:
             _check_count("workers", self.workers)
         _check_count("cores", self.cores)
         self._check_adapt()
-        if isinstance(self.gpus, bool) or self.gpus not in {0, 1}:
+        if isinstance(self.gpus, bool) or self.gpus not in (0, 1):
             raise ConfigurationError(
                 f"gpus must be 0 or 1, got {self.gpus!r}: a worker runs one rank, and a rank uses "
                 "one GPU; ask for more workers instead"
@@ -99,11 +100,10 @@ class ClusterRequest:
                     f"{name} is an argument of the cluster itself, not one of its options"
                 )
         seconds: Any = self.start_timeout_s
-        if not (_is_number(seconds) and seconds > 0):
+        if seconds is not None and not (_is_number(seconds) and seconds > 0):
             raise ConfigurationError(f"start_timeout_s must be a positive number, got {seconds!r}")
-        preload: Any = self.preload
-        names = [preload] if isinstance(preload, str) else preload
-        object.__setattr__(self, "preload", tuple(names))
+        check_types({"preload": self.preload}, {"preload": TEXTS})
+        object.__setattr__(self, "preload", tuple(lines(self.preload)))
 
     def _check_adapt(self) -> None:
         adapt: Any = self.adapt
@@ -129,6 +129,11 @@ class ClusterRequest:
     def wanted(self) -> int | None:
         """Workers to wait for: all of a fixed number, the minimum of a range."""
         return self.adapt[0] if self.adapt else self.workers
+
+    @property
+    def timeout_s(self) -> float:
+        """How long to wait for the workers, in seconds: as was asked for, or 600."""
+        return START_TIMEOUT_S if self.start_timeout_s is None else self.start_timeout_s
 
     def with_certificates(self) -> ClusterRequest:
         """Make what ``security=True`` asks for; afterwards it is a Security or None.
@@ -166,7 +171,7 @@ def _check_memory(memory: Any) -> None:
     try:
         if memory is not None and not (isinstance(memory, str) and parse_bytes(memory) > 0):
             raise ValueError  # noqa: TRY301
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigurationError(
             f'memory must be a size with its unit, such as "16 GB", got {memory!r}'
         ) from None

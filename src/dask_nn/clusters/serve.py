@@ -110,7 +110,7 @@ def serve(
         stack.callback(runner.stop, 1)
         made: list[Cluster] = []
         stack.callback(_close, runner, made, close, close_timeout_s)
-        deadline = time.monotonic() + request.start_timeout_s
+        deadline = time.monotonic() + request.timeout_s
         _start_cluster(runner, request, make, made, explain, hopeless)
         cluster = made[0]
         client = Client(cluster, timeout=30, set_as_default=True)
@@ -135,7 +135,7 @@ def _start_cluster(
 ) -> None:
     async def start() -> None:
         try:
-            async with asyncio.timeout(request.start_timeout_s) as limit:
+            async with asyncio.timeout(request.timeout_s) as limit:
                 await _unless_hopeless(_start(request, make, made), made, hopeless)
         except DaskNNError:
             raise
@@ -255,7 +255,7 @@ async def _told(ask: Ask | None, cluster: Cluster, *, errors: bool = True) -> st
 
 def _too_late(request: ClusterRequest, what: str) -> str:
     return (
-        f"the {request.kind} cluster was not there within {request.start_timeout_s:g} s: {what}; "
+        f"the {request.kind} cluster was not there within {request.timeout_s:g} s: {what}; "
         "wait longer (start_timeout_s=, --start-timeout), or ask for less"
     )
 

@@ -17,6 +17,17 @@ from dask_nn.clusters.certificates import tls_settings
 from dask_nn.clusters.graphics_cards import VISIBLE
 from dask_nn.clusters.known_names import refuse_unknown
 from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in
+from dask_nn.clusters.option_types import (
+    OF_SCHEDULERS,
+    OF_WORKERS,
+    PORT,
+    TEXT,
+    TEXTS,
+    check_types,
+    lines,
+    mapping,
+    one_or_each,
+)
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.reason import reason_of
 from dask_nn.clusters.request import DEATH_TIMEOUT, IDLE_TIMEOUT
@@ -41,14 +52,14 @@ __all__ = ["check_request", "open_cluster"]
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = (
-    "hosts",
-    "connect_options",
-    "worker_options",
-    "scheduler_options",
-    "worker_class",
-    "remote_python",
-)
+TYPES = {
+    "hosts": TEXTS,
+    "connect_options": one_or_each(mapping({"port": PORT, "username": TEXT})),
+    "worker_options": OF_WORKERS,
+    "scheduler_options": OF_SCHEDULERS,
+    "worker_class": TEXT,
+    "remote_python": one_or_each(TEXT),
+}
 REMOVE_TIMEOUT_S = 60.0
 
 
@@ -70,7 +81,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     with ExitStack() as stack:
 
         async def make() -> Any:
-            await check_hosts(hosts, request.start_timeout_s)
+            await check_hosts(hosts, request.timeout_s)
             if isinstance(request.security, Security):
                 # Some hosts may have got theirs when another one fails, or Ctrl-C is pressed.
                 stack.callback(_remove, hosts, folder)
@@ -106,8 +117,16 @@ def check_request(request: ClusterRequest) -> None:
         If one cannot work, or asyncssh is not installed.
     """
     import_optional("asyncssh", "ssh", "ssh")
+    refuse_unknown(request.options, TYPES, of="SSHCluster has")
+    # What they need is said better there than by their type.
     _hosts(request)
-    written = json.dumps([_scheduler_options(request), _worker_options(request)], default=str)
+    check_types(request.options, TYPES)
+    try:
+        written = json.dumps([_scheduler_options(request), _worker_options(request)])
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"SSHCluster hands scheduler_options and worker_options on as JSON: {error}"
+        ) from error
     if "'" in written:
         raise ConfigurationError(
             "SSHCluster puts scheduler_options and worker_options into single quotes of a shell, "
@@ -117,7 +136,6 @@ def check_request(request: ClusterRequest) -> None:
 
 def _hosts(request: ClusterRequest) -> list[Host]:
     """Give the scheduler's host, then those of the workers, with how to reach each."""
-    refuse_unknown(request.options, OPTIONS, of="SSHCluster has")
     names: Any = request.options.get("hosts")
     if (
         not isinstance(names, list | tuple)
@@ -231,8 +249,7 @@ def _worker_options(request: ClusterRequest) -> dict[str, Any]:
     options.setdefault("nthreads", request.cores)
     if request.memory is not None:
         options["memory_limit"] = request.memory
-    own = options.get("preload") or []
-    options["preload"] = [*([own] if isinstance(own, str) else own), *request.preload]
+    options["preload"] = [*lines(options.get("preload")), *request.preload]
     options.pop("env", None)
     options.setdefault("death_timeout", DEATH_TIMEOUT)
     if request.security:
