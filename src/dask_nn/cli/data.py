@@ -282,7 +282,7 @@ def _as_frame(predictions: Any, name: str) -> Any:
         predictions = da.from_array(predictions)
     flat = predictions.reshape(len(predictions), -1) if predictions.ndim > 2 else predictions
     if flat.ndim == 1:
-        return dd.from_dask_array(flat, columns=name)
+        return dd.from_dask_array(flat, columns=name).to_frame()
     return dd.from_dask_array(flat, columns=[f"{name}_{n}" for n in range(flat.shape[1])])
 
 

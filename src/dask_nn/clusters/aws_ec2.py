@@ -10,7 +10,6 @@ import contextlib
 import json
 import secrets
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from dask_cloudprovider.aws import EC2Cluster
 from dask_cloudprovider.aws.ec2 import EC2Scheduler, EC2Worker
 from distributed.core import Status
 
-from dask_nn.clusters.aws_ending import GONE, TAG, describe, end_machines
+from dask_nn.clusters.aws_ending import GONE, TAG, describe, end_machines, is_schedulers
 from dask_nn.clusters.aws_options import check_known
 from dask_nn.clusters.loop import see_through
 from dask_nn.clusters.option_types import (
@@ -67,7 +66,6 @@ TAKEN = ("docker_image", "gpu_instance", "worker_module", "command")
 # EC2 takes so much text for a machine to start with.
 LARGEST_USER_DATA = 16384
 END_TIMEOUT_S = 60
-LOOK_EVERY_S = 2.0
 ENDED = GONE | {"stopping", "stopped"}
 CONTAINER_FAILED = (
     "most often because its container did not run; look at `aws ec2 get-console-output "
@@ -95,32 +93,18 @@ class ReachableScheduler(EC2Scheduler):  # type: ignore[misc]  # ships no annota
     async def wait_for_scheduler(self) -> None:
         """Wait until the scheduler's port is open; the library's own waiting blocks the loop."""
         host, _, port = self.address.rpartition("://")[2].rpartition(":")
-        looked = time.monotonic()
         while True:
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(5):
                     _, writer = await asyncio.open_connection(host, int(port))
                 writer.close()
                 return
-            if time.monotonic() - looked > LOOK_EVERY_S:
-                looked = time.monotonic()
-                await self._check_machine()
             await asyncio.sleep(0.2)
 
     async def close(self) -> None:
         """End the machine, once."""
         if self.status != Status.closed:
             await super().close()
-
-    async def _check_machine(self) -> None:
-        async with self.cluster.boto_session.create_client("ec2", region_name=self.region) as ec2:
-            answer = await ec2.describe_instances(InstanceIds=[self.instance["InstanceId"]])
-        [reservation] = answer["Reservations"]
-        [instance] = reservation["Instances"]
-        if instance["State"]["Name"] in ENDED:
-            raise ClusterError(
-                f"the scheduler's machine ended, {CONTAINER_FAILED}\n{describe(instance)}"
-            )
 
 
 class NamedWorker(EC2Worker):  # type: ignore[misc]  # ships no annotations
@@ -205,7 +189,9 @@ def open_cluster(request: ClusterRequest, account: Account) -> Iterator[Client]:
         if not ended:
             return ""
         told = "\n".join(map(describe, ended))
-        return f"a machine ended before it was a worker, {CONTAINER_FAILED}\n{told}"
+        of_scheduler = any(is_schedulers(instance) for instance in ended)
+        which = "the scheduler's machine ended" if of_scheduler else "a worker's machine ended"
+        return f"{which}, {CONTAINER_FAILED}\n{told}"
 
     try:
         with serve(

@@ -11,7 +11,7 @@ from dask_nn.errors import DaskNNError
 if TYPE_CHECKING:
     from dask_nn.clusters.aws_account import Account
 
-__all__ = ["GONE", "TAG", "describe", "end_machines"]
+__all__ = ["GONE", "TAG", "describe", "end_machines", "is_schedulers"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,17 @@ def _warn(account: Account, token: str, left: list[str], reason: str) -> None:
     )
 
 
+def is_schedulers(instance: dict[str, Any]) -> bool:
+    """Tell by its name whether a machine was made for the scheduler."""
+    return any(name.endswith("-scheduler") for name in _names(instance))
+
+
 def describe(instance: dict[str, Any]) -> str:
     """Say of a machine its id, its name, its state and the reason for that."""
-    names = [tag["Value"] for tag in instance.get("Tags", ()) if tag["Key"] == "Name"]
     reason = instance.get("StateReason", {}).get("Message", "")
-    parts = (instance["InstanceId"], *names, instance["State"]["Name"], reason)
+    parts = (instance["InstanceId"], *_names(instance), instance["State"]["Name"], reason)
     return " ".join(filter(None, parts))
+
+
+def _names(instance: dict[str, Any]) -> list[str]:
+    return [tag["Value"] for tag in instance.get("Tags", ()) if tag["Key"] == "Name"]
