@@ -13,6 +13,7 @@ import pytest
 import zarr
 from dask.delayed import delayed
 from dask.utils import SerializableLock
+from zarr.storage import LocalStore, LoggingStore
 
 import dask_nn
 from dask_nn.data.recipes import cook, split_source, write_recipes
@@ -270,3 +271,17 @@ def test_a_large_literal_is_sent_once_and_not_with_every_block(client, monkeypat
     assert list(surveyor.literals) == ["table"]
     assert len(client.who_has(surveyor.futures)["table"]) == 2
     assert ROWS.tobytes() not in cloudpickle.dumps(stream.recipes[0])
+
+
+def test_a_store_is_listed_once_however_many_blocks_are_read_from_it(tmp_path):
+    store = LoggingStore(LocalStore(tmp_path / "rows.zarr"), log_level="ERROR")
+    stored = zarr.create_array(store, data=ROWS, chunks=(2, 4))
+    store.counter.clear()
+    X = da.from_zarr(stored)
+    recipes, _ = write_recipes([X[:, :3], X[:, 3] + 1])
+    assert len(recipes) == 25
+    assert store.counter["list_prefix"] == 1
+    np.testing.assert_array_equal(cook(recipes[4], {})[0], ROWS[8:10, :3])
+    (tmp_path / "rows.zarr" / "c" / "4" / "0").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks a chunk that it had"):
+        cook(recipes[4], {})

@@ -139,10 +139,11 @@ def write_recipes(
             break
     recipes = []
     needed: dict[Key, None] = {}
+    watch = _Watch()
     for keys in outputs:
         shared: dict[Key, None] = {}
-        part = {key: graph[key] for key in _needed(keys, graph, shared.setdefault, stop=hubs)}
-        part = {key: _watched(node) for key, node in part.items()}
+        wanted = _needed(keys, graph, shared.setdefault, stop=hubs)
+        part = {key: watch.over(graph[key]) for key in wanted}
         recipes.append(Recipe(part, keys, tuple(shared)))
         needed |= shared
     _check_repeats(recipes, repeated)
@@ -309,11 +310,20 @@ def _delayed(keys: Sequence[Key], graph: Mapping[Key, GraphNode]) -> dict[Key, D
     return {key: Delayed(key, layers, layer="dask-nn-shared") for key in keys}
 
 
-def _watched(node: GraphNode) -> GraphNode:
-    if not isinstance(node, DataNode):
-        return node
-    value = watched(node.value)
-    return node if value is node.value else DataNode(node.key, value)
+class _Watch:
+    """Has stores looked at again at every read; each is listed once, however many blocks it has."""
+
+    def __init__(self) -> None:
+        self._watched: dict[int, Any] = {}
+
+    def over(self, node: GraphNode) -> GraphNode:
+        if not isinstance(node, DataNode):
+            return node
+        number = id(node.value)  # the graph holds it
+        if number not in self._watched:
+            self._watched[number] = watched(node.value)
+        value = self._watched[number]
+        return node if value is node.value else DataNode(node.key, value)
 
 
 def _check_separable(graph: Mapping[Key, GraphNode]) -> None:
