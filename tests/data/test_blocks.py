@@ -188,6 +188,9 @@ def test_bad_inputs_are_data_errors_that_name_the_input(request, name, where):
 def test_a_block_that_is_not_what_its_array_says_is_found(request, where):
     client = request.getfixturevalue("threads_client") if where == "cluster" else None
     lazy = da.from_array(X, chunks=(5, 3)).map_blocks(lambda block: block[:1], dtype=X.dtype)
-    blocks = aligned(client, X=lazy, y=Y)
-    with pytest.raises(DataError, match=r"first rows of X have shape \(1, 3\), expected \(4, 3\)"):
-        sample(blocks, 4, client=client)
+    text = {
+        "this process": r"block 0 gave an array of 1 rows, expected 5: ",
+        "cluster": r"first rows of X have shape \(1, 3\), expected \(4, 3\)",
+    }
+    with pytest.raises(DataError, match=text[where]):
+        sample(aligned(client, X=lazy, y=Y), 4, client=client)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from dask_nn.data.reader import ClusterReader, MemoryReader
+from dask_nn.data.reader import BlockReader, ClusterReader, MemoryReader
+from dask_nn.errors import DataError
 
 
 def array(value: int, rows: int = 4) -> np.ndarray:
@@ -22,7 +24,13 @@ class Peers:
 
 
 def reader(keys, own, peers, cache_bytes: int = 1 << 20) -> ClusterReader:
-    return ClusterReader(keys, own=own, fetch=peers.fetch, cache_bytes=cache_bytes)
+    return ClusterReader(
+        keys,
+        lengths=[len(next(iter((own | peers.values).values()))) for _ in keys],
+        own=own,
+        fetch=peers.fetch,
+        cache_bytes=cache_bytes,
+    )
 
 
 def test_memory_gives_the_arrays_themselves():
@@ -78,3 +86,22 @@ def test_one_key_may_stand_for_two_inputs():
     first, second = reader([("a", "a")], {}, peers).read(0)
     assert first is second
     assert peers.asked == [["a"]]
+
+
+@pytest.mark.parametrize("kind", ["own", "fetched", "memory"])
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_block_of_another_length_is_refused_by_number(kind, rows):
+    blocks = {"a": array(0), "b": array(1), "c": array(2, rows=rows)}
+    keys, lengths = [("a", "b"), ("a", "c")], (4, 4)
+    found: BlockReader
+    if kind == "memory":
+        found = MemoryReader([tuple(blocks[key] for key in row) for row in keys], lengths=lengths)
+    else:
+        own = blocks if kind == "own" else {}
+        peers = Peers(**blocks)
+        found = ClusterReader(
+            keys, lengths=lengths, own=own, fetch=peers.fetch, cache_bytes=0, fetch_whole=True
+        )
+    assert len(found.read(0)) == 2
+    with pytest.raises(DataError, match=rf"block 1 gave an array of {rows} rows, expected 4:"):
+        found.read(1)

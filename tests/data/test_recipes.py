@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import TYPE_CHECKING
 
 import cloudpickle
 import dask
@@ -9,11 +10,18 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from dask.delayed import delayed
+from dask.utils import SerializableLock
+from zarr.storage import LocalStore, LoggingStore
 
+import dask_nn
 from dask_nn.data.recipes import cook, split_source, write_recipes
 from dask_nn.data.streaming import stream_blocks
 from dask_nn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROWS = np.arange(200, dtype="f4").reshape(50, 4)
 
@@ -119,6 +127,72 @@ def test_blocks_that_are_computed_cannot_be_split():
     assert split_source(lazy(), 3) is None
 
 
+@pytest.fixture(params=["dask", "dask_nn"])
+def opened(request, tmp_path) -> Callable[[], da.Array]:
+    """Open a Zarr store of ROWS, in five blocks, in one of two ways."""
+    zarr.create_array(tmp_path / "rows.zarr", data=ROWS, chunks=(10, 4))
+    return {
+        "dask": lambda: da.from_zarr(tmp_path / "rows.zarr"),
+        "dask_nn": lambda: dask_nn.open_data(f"zarr:{tmp_path / 'rows.zarr'}"),
+    }[request.param]
+
+
+def with_some_rows_set(array: da.Array) -> da.Array:
+    array[30:] = -1
+    return array
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda X: X.blocks[[0, 2, 1, 3, 4]],
+        lambda X: X.blocks[[0, 2, 2, 3, 4]],
+        lambda X: X.blocks[::-1],
+        with_some_rows_set,
+        lambda X: da.concatenate([X[:10], X[20:30], X[10:20], X[30:]]),
+        lambda X: da.concatenate([X.blocks[number] for number in (0, 2, 1, 3, 4)]),
+        lambda X: da.concatenate([X[:20], with_some_rows_set(X + 0)[20:]]),
+        lambda X: da.roll(X, 10, axis=0),
+        lambda X: da.where(X > 5, X, 0),
+    ],
+    ids=["order", "twice", "reversed", "set", "slices", "blocks", "joined", "rolled", "computed"],
+)
+def test_blocks_that_are_not_the_rows_of_a_source_are_not_read_from_it(change, opened):
+    changed = change(opened())
+    assert changed.shape == ROWS.shape
+    assert not np.array_equal(changed.compute(scheduler="sync"), ROWS)
+    assert split_source(changed, 3) is None
+    with pytest.raises(DataError, match=r"of X has 160 B, more than .*computed as a whole"):
+        stream_blocks({"X": changed}, client=None, block_limit_bytes=100)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda X: X, lambda X: X[:], lambda X: X.blocks[0:5]],
+    ids=["opened", "rows", "blocks"],
+)
+def test_the_rows_of_a_store_are_read_in_slices(change, opened):
+    stream, _ = stream_blocks({"X": change(opened())}, client=None, block_limit_bytes=100)
+    assert stream.lengths == (5,) * 10
+    found = [stream.compute(block, 5 * block, stream.values)[0] for block in range(10)]
+    np.testing.assert_array_equal(np.concatenate(found), ROWS)
+
+
+def test_a_source_with_a_lock_is_read_in_slices_under_the_same_one():
+    lock = SerializableLock()
+
+    class Guarded(Source):
+        def __getitem__(self, index):
+            assert lock.locked()
+            return super().__getitem__(index)
+
+    source = Guarded()
+    array = da.from_array(source, chunks=(25, 4), asarray=False, lock=lock, meta=ROWS[:0])
+    smaller = split_source(array, 5)
+    np.testing.assert_array_equal(smaller.compute(scheduler="sync"), ROWS)
+    assert max(source.read) == 5
+
+
 def test_what_only_a_kept_column_needed_is_released(client):
     y = lazy()[:, 0].rechunk(50).rechunk(10)  # one chunk that all blocks are cut from
     stream, surveyor = stream_blocks({"X": lazy(), "y": y}, client=client, block_limit_bytes=None)
@@ -197,3 +271,17 @@ def test_a_large_literal_is_sent_once_and_not_with_every_block(client, monkeypat
     assert list(surveyor.literals) == ["table"]
     assert len(client.who_has(surveyor.futures)["table"]) == 2
     assert ROWS.tobytes() not in cloudpickle.dumps(stream.recipes[0])
+
+
+def test_a_store_is_listed_once_however_many_blocks_are_read_from_it(tmp_path):
+    store = LoggingStore(LocalStore(tmp_path / "rows.zarr"), log_level="ERROR")
+    stored = zarr.create_array(store, data=ROWS, chunks=(2, 4))
+    store.counter.clear()
+    X = da.from_zarr(stored)
+    recipes, _ = write_recipes([X[:, :3], X[:, 3] + 1])
+    assert len(recipes) == 25
+    assert store.counter["list_prefix"] == 1
+    np.testing.assert_array_equal(cook(recipes[4], {})[0], ROWS[8:10, :3])
+    (tmp_path / "rows.zarr" / "c" / "4" / "0").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks a chunk that it had"):
+        cook(recipes[4], {})

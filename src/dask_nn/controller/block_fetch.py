@@ -94,6 +94,7 @@ def make_reader(
     worker: Worker,
     data: BlockSource,
     *,
+    lengths: tuple[int, ...],
     size_bytes: int,
     uses: float,
     abort: threading.Event,
@@ -107,6 +108,8 @@ def make_reader(
         Whose memory is looked at first.
     data : tuple of tuple, or Stream
         For each block the Dask key of each field, or how blocks are computed.
+    lengths : tuple of int
+        Rows of each block.
     size_bytes : int
         Stored size of all of them.
     uses : float
@@ -141,6 +144,7 @@ def make_reader(
     cache_bytes = int(limit * CACHE_SHARE) if limit else CACHE_WITHOUT_LIMIT_BYTES
     return ClusterReader(
         data,
+        lengths=lengths,
         own=worker.data,
         fetch=fetch,
         cache_bytes=cache_bytes,

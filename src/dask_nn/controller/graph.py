@@ -447,10 +447,13 @@ class _GraphRun:
                 self._payload,
                 self._run_id,
                 self._state,
+                number,
                 block,
                 pure=False,
             )
-            for block in BlockTasks(self._client, data, self._run_id).all(self.steps)
+            for number, block in enumerate(
+                BlockTasks(self._client, data, self._run_id).all(self.steps)
+            )
         ]
         return self._waits.values(futures, step=self.steps)
 

@@ -212,6 +212,7 @@ class _Windows:
                 window,
                 order,
                 blocks,
+                tuple(self.plan.block_lengths[piece.block] for piece in window.pieces),
                 self._fields,
                 self._dtypes,
                 pure=False,

@@ -16,7 +16,7 @@ from distributed import get_worker
 
 from dask_nn.allocator import keeping_freed_memory
 from dask_nn.data.batches import batch_dtypes
-from dask_nn.data.plan import Window
+from dask_nn.data.lengths import check_rows
 from dask_nn.errors import DaskNNError, RankFailed
 from dask_nn.metrics.forward import between_tasks_s
 from dask_nn.metrics.objective import Objective
@@ -34,6 +34,7 @@ from dask_nn.training.validation import evaluate_block
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dask_nn.data.plan import Window
     from dask_nn.metrics.merge import Partial
     from dask_nn.training.spec import TrainingSpec
 
@@ -158,22 +159,25 @@ def open_window(
     window: Window,
     order: Any,
     blocks: list[list[Any]],
+    lengths: tuple[int, ...],
     fields: tuple[Any, ...],
     dtypes: tuple[torch.dtype, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """Lay a window's pieces end to end and take its rows in order; shape (window.length, ...)."""
+    """Lay a window's pieces end to end and take its rows in order; shape (window.length, ...).
+
+    `blocks` and `lengths` are those of the pieces.
+    """
     from dask_nn.data.batches import load_window, new_rows
     from dask_nn.data.reader import MemoryReader
 
     with _named(place):
-        numbered = Window(
-            window.start,
-            window.length,
-            tuple(piece._replace(block=n) for n, piece in enumerate(window.pieces)),
+        numbers = [piece.block for piece in window.pieces]
+        reader = MemoryReader(
+            dict(zip(numbers, map(tuple, blocks), strict=True)),
+            lengths=dict(zip(numbers, lengths, strict=True)),
         )
-        reader = MemoryReader([tuple(block) for block in blocks])
         rows = new_rows(window.length, fields, dtypes)
-        load_window(numbered, order, reader, rows)
+        load_window(window, order, reader, rows)
         return rows
 
 
@@ -259,10 +263,11 @@ def metric_partials(payload: bytes, place: Place, leaves: list[Leaf]) -> dict[st
 
 
 def validate_block(
-    payload: bytes, run_id: str, snapshot: Snapshot, arrays: list[Any]
+    payload: bytes, run_id: str, snapshot: Snapshot, block: int, arrays: list[Any]
 ) -> dict[str, Partial]:
     """Evaluate one block of the validation data."""
     with _at_bench(payload, run_id, step=snapshot.steps) as bench:
+        check_rows(block, arrays, bench.spec.validation_lengths[block])
         bench.load(snapshot, weights_only=True)
         return evaluate_block(
             bench.state.model, arrays, bench.dtypes, spec=bench.spec, objective=bench.objective

@@ -270,9 +270,17 @@ def _run_rank(
         if not handle.unwanted.is_set():
             keeping.keep(worker.address, seat.run_id, seat.generation, keepsake)
 
-    def read(data: BlockSource, size_bytes: int, uses: float) -> BlockReader:
+    def read(
+        data: BlockSource, lengths: tuple[int, ...], size_bytes: int, uses: float
+    ) -> BlockReader:
         return make_reader(
-            worker, data, size_bytes=size_bytes, uses=uses, abort=handle.abort, wait=fetch
+            worker,
+            data,
+            lengths=lengths,
+            size_bytes=size_bytes,
+            uses=uses,
+            abort=handle.abort,
+            wait=fetch,
         )
 
     comm = _communicator(worker, seat, content.settings, handle.abort)
@@ -289,10 +297,14 @@ def _run_rank(
                 spec,
                 RankEnvironment(
                     comm=comm,
-                    reader=read(content.data, spec.size_bytes, _uses(spec, seat)),
+                    reader=read(
+                        content.data, spec.block_lengths, spec.size_bytes, _uses(spec, seat)
+                    ),
                     # A rank validates on the same blocks after every epoch.
                     validation_reader=(
-                        None if content.validation is None else read(content.validation, 0, 0)
+                        None
+                        if content.validation is None
+                        else read(content.validation, spec.validation_lengths, 0, 0)
                     ),
                     room_bytes=room_bytes(worker),
                     address=worker.address,

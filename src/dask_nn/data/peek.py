@@ -163,6 +163,7 @@ def _heads_of_stream(
         stream,
         recipes=tuple(stream.recipes[number] for number in numbers),
         lengths=tuple(stream.lengths[number] for number in numbers),
+        numbers=tuple(numbers),
         kept={
             place: np.concatenate(
                 [column[starts[n] : starts[n] + stream.lengths[n]] for n in numbers]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from dask.sizeof import sizeof
 
+from dask_nn.data.lengths import check_rows
 from dask_nn.data.sizes import SHARED_BYTES
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from dask_nn.data.stream import Stream
@@ -85,16 +86,27 @@ class MemoryReader(BlockReader):
 
     Parameters
     ----------
-    arrays : sequence of tuple of numpy.ndarray
-        For each block the array of each field.
+    arrays : sequence or mapping, of tuple of numpy.ndarray
+        For each block, by its number, the array of each field.
+    lengths : sequence or mapping, of int, optional
+        The rows that each of them must have, where that was not looked at before.
     """
 
-    def __init__(self, arrays: Sequence[Block]) -> None:
+    def __init__(
+        self,
+        arrays: Sequence[Block] | Mapping[int, Block],
+        *,
+        lengths: Sequence[int] | Mapping[int, int] | None = None,
+    ) -> None:
         self._arrays = arrays
+        self._lengths = lengths
 
     def read(self, block: int) -> Block:
         """Give the arrays themselves."""
-        return self._arrays[block]
+        found = self._arrays[block]
+        if self._lengths is not None:
+            check_rows(block, found, self._lengths[block])
+        return found
 
 
 class ClusterReader(BlockReader):
@@ -107,6 +119,8 @@ class ClusterReader(BlockReader):
     ----------
     keys : sequence of tuple
         For each block the Dask key of each field.
+    lengths : sequence of int
+        The rows that each block must have.
     own : mapping
         The worker's own memory, from key to value.
     fetch : callable
@@ -123,12 +137,14 @@ class ClusterReader(BlockReader):
         self,
         keys: Sequence[tuple[Any, ...]],
         *,
+        lengths: Sequence[int],
         own: Any,
         fetch: Callable[[list[Any]], list[Any]],
         cache_bytes: int,
         fetch_whole: bool = False,
     ) -> None:
         self._keys = keys
+        self._lengths = lengths
         self._own = own
         self._fetch = fetch
         self._cache_bytes = cache_bytes
@@ -154,7 +170,9 @@ class ClusterReader(BlockReader):
                 for key, value in zip(missing, self._fetch(missing), strict=True):
                     values[key] = np.asarray(value)
                     self._keep(key, values[key])
-            return tuple(np.asarray(values[key]) for key in keys)
+        arrays = tuple(np.asarray(values[key]) for key in keys)
+        check_rows(block, arrays, self._lengths[block])
+        return arrays
 
     def _look_up(self, key: Any) -> Any:
         try:
@@ -277,6 +295,5 @@ class StreamReader(BlockReader):
     def _failed(self, block: int, error: Exception, attempts: int) -> DataError:
         where = f" on {self._place}" if self._place else ""
         often = f" after {attempts} attempts" if attempts > 1 else ""
-        return DataError(
-            f"block {block} could not be computed{where}{often}: {type(error).__name__}: {error}"
-        )
+        text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        return DataError(f"block {block} could not be computed{where}{often}: {text}")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import dask
 import dask.array as da
 import numpy as np
-from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph
-from dask.array.core import getter, getter_inline, getter_nofancy
+from dask._task_spec import Alias, DataNode, GraphNode, Task, convert_legacy_graph
+from dask.array.core import getter, getter_inline, getter_nofancy, slices_from_chunks
 from dask.core import flatten, toposort
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
@@ -139,10 +139,11 @@ def write_recipes(
             break
     recipes = []
     needed: dict[Key, None] = {}
+    watch = _Watch()
     for keys in outputs:
         shared: dict[Key, None] = {}
-        part = {key: graph[key] for key in _needed(keys, graph, shared.setdefault, stop=hubs)}
-        part = {key: _watched(node) for key, node in part.items()}
+        wanted = _needed(keys, graph, shared.setdefault, stop=hubs)
+        part = {key: watch.over(graph[key]) for key in wanted}
         recipes.append(Recipe(part, keys, tuple(shared)))
         needed |= shared
     _check_repeats(recipes, repeated)
@@ -182,26 +183,50 @@ def split_source(array: da.Array, rows: int) -> da.Array | None:
     Returns
     -------
     Array or None
-        The same values in smaller blocks; None if chunks are computed, not read.
+        The same values in smaller blocks; None unless each block is read from the place in one
+        source that it has in the array.
     """
     # Not optimized: reading would be hidden inside a fused task.
     graph = convert_legacy_graph(ensure_dict(array.__dask_graph__()))
-    task = graph.get(next(iter(flatten(array.__dask_keys__()))))
-    while isinstance(task, Alias):
-        task = graph.get(task.target)
-    if getattr(task, "func", None) not in _GETTERS:
+    found = _only_source(array, graph)
+    if found is None or getattr(found[0], "shape", None) != array.shape:
         return None
-    source = graph.get(getattr(task.args[0], "key", None))
-    value = getattr(source, "value", None)
-    if getattr(value, "shape", None) != array.shape:
-        return None
+    source, how = found
     cut = []
     for length in array.chunks[0]:
         number = max(1, -(-length // rows))
         bounds = [length * part // number for part in range(number + 1)]
         cut += [stop - start for start, stop in itertools.pairwise(bounds)]
-    smaller: da.Array = da.from_array(value, chunks=(tuple(cut), *array.chunks[1:]))
+    smaller: da.Array = da.from_array(source, chunks=(tuple(cut), *array.chunks[1:]), **how)
     return smaller
+
+
+def _only_source(
+    array: da.Array, graph: Mapping[Key, GraphNode]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Find what all blocks are read from, each at its own place, and how (under what lock).
+
+    None if there is no such thing: blocks in another order are not the rows of a source, nor are
+    blocks of which some are computed.
+    """
+    found: set[Key] = set()
+    how: dict[str, Any] = {}
+    keys = flatten(array.__dask_keys__())
+    for key, place in zip(keys, slices_from_chunks(array.chunks), strict=True):
+        task = graph.get(key)
+        while isinstance(task, Alias):
+            task = graph.get(task.target)
+        if not isinstance(task, Task) or task.func not in _GETTERS or len(task.args) != 2:
+            return None
+        origin, index = task.args
+        if getattr(index, "value", index) != place:
+            return None
+        found.add(getattr(origin, "key", None))
+        if len(found) > 1:
+            return None
+        how = dict(task.kwargs)
+    source = graph.get(found.pop()) if found else None
+    return (source.value, how) if isinstance(source, DataNode) else None
 
 
 def _needed(
@@ -285,11 +310,20 @@ def _delayed(keys: Sequence[Key], graph: Mapping[Key, GraphNode]) -> dict[Key, D
     return {key: Delayed(key, layers, layer="dask-nn-shared") for key in keys}
 
 
-def _watched(node: GraphNode) -> GraphNode:
-    if not isinstance(node, DataNode):
-        return node
-    value = watched(node.value)
-    return node if value is node.value else DataNode(node.key, value)
+class _Watch:
+    """Has stores looked at again at every read; each is listed once, however many blocks it has."""
+
+    def __init__(self) -> None:
+        self._watched: dict[int, Any] = {}
+
+    def over(self, node: GraphNode) -> GraphNode:
+        if not isinstance(node, DataNode):
+            return node
+        number = id(node.value)  # the graph holds it
+        if number not in self._watched:
+            self._watched[number] = watched(node.value)
+        value = self._watched[number]
+        return node if value is node.value else DataNode(node.key, value)
 
 
 def _check_separable(graph: Mapping[Key, GraphNode]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from dask.core import flatten
 from distributed.client import futures_of
 
+from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem
 from dask_nn.data.sending import send, wait_while_able
 from dask_nn.errors import DataError
@@ -116,7 +117,10 @@ def place(
             array = persist({name: array.rechunk({0: tuple(lengths)})}, client)[name]
         if client is not None:
             return list(flatten(array.__dask_keys__())), array
-        return [np.asarray(block.compute()) for block in array.blocks.ravel()], None
+        blocks = [np.asarray(block.compute()) for block in array.blocks.ravel()]
+        for number, (block, length) in enumerate(zip(blocks, lengths, strict=True)):
+            check_rows(number, (block,), length)
+        return blocks, None
     bounds = pairwise(accumulate(lengths, initial=0))
     pieces = [array[start:stop] for start, stop in bounds]
     if client is None:

@@ -17,6 +17,7 @@ from dask.delayed import Delayed
 from dask.sizeof import sizeof
 from distributed import Future, get_worker
 
+from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem
 from dask_nn.data.reader import with_retries
 from dask_nn.data.recipes import Literal, Recipe, cook
@@ -57,6 +58,8 @@ class Stream:
         The values of `shared`, where this process computed them.
     finite : frozenset of int
         Fields, by position, in which no value is missing or infinite.
+    numbers : tuple of int, optional
+        The numbers of the blocks, where these are some of those of a data set.
     """
 
     recipes: tuple[Recipe, ...]
@@ -66,6 +69,7 @@ class Stream:
     shared: tuple[Any, ...] = ()
     values: dict[Any, Any] = field(default_factory=dict)
     finite: frozenset[int] = frozenset()
+    numbers: tuple[int, ...] | None = None
 
     @property
     def starts(self) -> list[int]:
@@ -80,6 +84,7 @@ class Stream:
             self,
             recipes=(self.recipes[block],),
             lengths=(self.lengths[block],),
+            numbers=(block,),
             shared=self.recipes[block].shared,
             kept={place: column[rows] for place, column in self.kept.items()},
         )
@@ -95,9 +100,16 @@ class Stream:
             Its first row, counted over all blocks.
         shared : mapping
             The values of `shared`.
+
+        Raises
+        ------
+        DataError
+            If it has another length than was said.
         """
         cooked = cook(self.recipes[block], shared) if self.places else ()
         columns = dict(zip(self.places, cooked, strict=True))
+        number = block if self.numbers is None else self.numbers[block]
+        check_rows(number, cooked, self.lengths[block])
         rows = slice(start, start + self.lengths[block])
         columns |= {place: column[rows] for place, column in self.kept.items()}
         return tuple(columns[place] for place in sorted(columns))

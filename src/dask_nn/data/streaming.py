@@ -13,6 +13,7 @@ from dask.utils import format_bytes
 from distributed.client import futures_of
 
 from dask_nn.data.finite import check_found, not_finite
+from dask_nn.data.lengths import check_rows
 from dask_nn.data.recipes import split_source, write_recipes
 from dask_nn.data.sizes import KEPT_BYTES
 from dask_nn.data.stream import Stream, Surveyor, needed_keys
@@ -114,10 +115,12 @@ def stream_blocks(
         if small:
             parts = [recipe.only(small) for recipe in recipes]
             what = " and ".join(names[places[number]] for number in small)
-            columns = zip(*surveyor.look(_values, parts, what), strict=True)
+            found = surveyor.look(_values, parts, what)
+            for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
+                check_rows(block, columns, length)
             kept |= {
                 places[number]: np.concatenate(column)
-                for number, column in zip(small, columns, strict=True)
+                for number, column in zip(small, zip(*found, strict=True), strict=True)
             }
     else:
         share = max(1, 2 * KEPT_BYTES // max(1, len(recipes)))

@@ -1,0 +1,41 @@
+"""Blocks that have other lengths than was said when the data was looked at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dask_nn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["check_rows"]
+
+
+def check_rows(block: int, arrays: Iterable[Any], length: int) -> None:
+    """Check that every array of a block has the rows that the plan counts on.
+
+    Parameters
+    ----------
+    block : int
+        Its number.
+    arrays : iterable of ndarray
+        One for each field, shape (rows, ...).
+    length : int
+        The rows of the block as its Dask array told them, or as they were found.
+
+    Raises
+    ------
+    DataError
+        If one has more or fewer: rows would be left out, or X and y get out of step.
+    """
+    for array in arrays:
+        if array.shape[:1] != (length,):
+            rows = array.shape[0] if array.ndim else "no"
+            message = (
+                f"block {block} gave an array of {rows} rows, expected {length}: either the chunk "
+                "size that its Dask array tells is not true (compute_chunk_sizes() finds it), or "
+                "its source has changed since it was looked at (then begin again with what it is "
+                "now)"
+            )
+            raise DataError(message)
