@@ -192,6 +192,7 @@ def test_mistakes_are_named_before_any_work(folder, old, new, message):
     result = run("train", folder / "bad.toml")
     assert result.exit_code == 2, result.output
     assert message in result.output
+    assert result.output.count("bad.toml") <= 1
     assert "dask-nn on" not in result.output, "a cluster was started for it"
     assert not list(folder.glob("*.safetensors"))
 

@@ -166,9 +166,33 @@ def test_a_gpu_is_asked_for_whatever_else_has_gpu_in_its_name(
 
 @pytest.mark.parametrize(("kind", "directives"), OWN)
 def test_a_gpu_is_not_asked_for_twice(kind: str, directives: Any, tmp_path: Path) -> None:
-    text = with_directives(kind, directives, tmp_path)
-    lines = [line for line in text.splitlines() if line.endswith(WRITTEN[kind])]
-    assert [line for line in lines if not line.endswith(tuple(directives))] == [], text
+    options = {"job_extra_directives": directives, **OF_THE_SITE.get(kind, {})}
+    asked, not_asked = (script(kind, tmp_path, gpus=n, options=options) for n in (1, 0))
+    assert _directives_of(asked) == _directives_of(not_asked)
+
+
+def _directives_of(text: str) -> list[str]:
+    """Give a script without its worker's command, which tells Dask of the GPU."""
+    return [line for line in text.splitlines() if "--nthreads" not in line]
+
+
+def submit_command(options: dict[str, Any], folder: Path) -> str:
+    request = ClusterRequest(kind="htcondor", options=options)
+
+    async def make() -> str:
+        cluster = make_cluster(request, folder=folder, asynchronous=True)
+        try:
+            return str(cluster._dummy_job.submit_command)
+        finally:
+            await cluster.close()
+
+    return asyncio.run(make())
+
+
+def test_nothing_said_is_what_the_site_or_the_library_says(tmp_path: Path) -> None:
+    given = {"submit_command_extra": None}
+    with dask.config.set({"jobqueue.htcondor.submit-command-extra": "-name a"}):
+        assert submit_command(given, tmp_path) == "condor_submit -name a"
 
 
 def test_other_resources_of_slurm_are_asked_for_with_the_gpu(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +243,10 @@ def test_the_autoscaler_is_what_the_operators_schema_allows():
         ({"image": IMAGE, "service_type": "Ingress"}, "must be one of ClusterIP"),
         ({"image": IMAGE, "shared_memory": "large"}, "must be a size with its unit"),
         ({"image": IMAGE, "worker_pod": "x"}, "worker_pod must be a mapping"),
+        (
+            {"image": IMAGE, "scheduler_service": {"type": "LoadBalancer"}},
+            "cannot set type; give service_type",
+        ),
         ({"image": IMAGE, "scheduler_service": []}, "scheduler_service must be a mapping"),
         ({"image": IMAGE, "scheduler_cores": "half"}, "scheduler_cores must be a positive number"),
         ({"image": IMAGE, "scheduler_memory": "0 GB"}, "scheduler_memory must be a size"),
@@ -402,6 +407,7 @@ def test_a_scheduler_that_does_not_start_is_told_long_before_the_deadline(
     api, options, message, security
 ):
     began = time.monotonic()
+    api.pods_age = timedelta(minutes=2)
     job = start_job(workers=1, start_timeout_s=JOB_TIMEOUT_S, security=security, **options)
     _, err = job.communicate(timeout=JOB_TIMEOUT_S)
     assert time.monotonic() - began < JOB_TIMEOUT_S / 2

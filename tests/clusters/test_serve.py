@@ -103,6 +103,26 @@ def test_a_scheduler_that_will_not_start_is_not_waited_for(monkeypatch: pytest.M
         opened(lambda: Slow(**HERE), start_timeout_s=100, hopeless=hopeless)
 
 
+def test_an_answer_that_is_older_than_the_start_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "ASK_FIRST_AFTER_S", 0.0)
+    asked = []
+
+    class Tardy(LocalCluster):
+        async def _start(self) -> None:
+            await super()._start()
+            await asyncio.sleep(0.5)
+
+    async def hopeless(_: Any) -> str:
+        asked.append(True)
+        await asyncio.sleep(2 if len(asked) == 1 else 0)
+        return "no image" if len(asked) == 1 else ""
+
+    assert opened(lambda: Tardy(**HERE), ask=num_workers, hopeless=hopeless) == 1
+    assert asked
+
+
 def test_a_platform_that_gives_no_answer_does_not_end_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import threading
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +52,8 @@ class KubernetesApi:
         self.requests: list[tuple[str, str, Any]] = []
         self.objects: dict[str, dict[str, Any]] = {plural: {} for plural in PLURALS}
         self.containers: dict[str, Container] = {}
+        # So much older are pods than they are.
+        self.pods_age = timedelta()
         self.kubeconfig = folder / "kubeconfig"
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -79,7 +82,11 @@ class KubernetesApi:
         if texts := item.pop("stringData", None):
             encoded = {key: base64.b64encode(text.encode()).decode() for key, text in texts.items()}
             item["data"] = item.get("data", {}) | encoded
-        item["metadata"] |= {"namespace": namespace, "uid": str(uuid.uuid4())}
+        item["metadata"] |= {
+            "namespace": namespace,
+            "uid": str(uuid.uuid4()),
+            "creationTimestamp": datetime.now(UTC).isoformat(),
+        }
         self.objects[plural][item["metadata"]["name"]] = item
 
     async def _serve(self) -> None:
@@ -310,8 +317,10 @@ class KubernetesApi:
         conditions = [{"type": name, "status": ready} for name in ("Ready", "ContainersReady")]
         status: dict[str, Any] = {"phase": phase, "conditions": conditions}
         if waiting:
-            status["containerStatuses"] = [{"state": {"waiting": waiting}}]
-        return {**item, "status": status}
+            status["containerStatuses"] = [{"state": {"waiting": waiting}, "restartCount": 3}]
+        created = datetime.fromisoformat(item["metadata"]["creationTimestamp"]) - self.pods_age
+        metadata = item["metadata"] | {"creationTimestamp": created.isoformat()}
+        return {**item, "metadata": metadata, "status": status}
 
 
 def _image(pod: dict[str, Any]) -> str:

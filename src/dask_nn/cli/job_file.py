@@ -81,7 +81,7 @@ class JobFile:
         options = dict(self.loss)
         found = self.imported("loss", options.pop("name"), home="torch.nn")
         return (
-            self._made("loss", partial(found, **options))
+            self.made("loss", partial(found, **options))
             if isinstance(found, type)
             else (partial(found, **options) if options else found)
         )
@@ -107,6 +107,11 @@ class JobFile:
     def check_optimizer(self, model: nn.Module) -> None:
         """Make the optimizer and the schedule of a model once, to see whether their arguments fit.
 
+        Parameters
+        ----------
+        model : nn.Module
+            One more of those that `make_model` makes.
+
         Raises
         ------
         ConfigurationError
@@ -117,10 +122,24 @@ class JobFile:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters or any(map(is_lazy, parameters)):
             return  # train says that there are none, or learns their shapes first
-        optimizer = self._made("optimizer", partial(self.make_optimizer(), parameters))
+        optimizer = self.made("optimizer", partial(self.make_optimizer(), parameters))
         make_schedule, _ = self.make_schedule()
         if make_schedule is not None:
-            self._made("schedule", partial(make_schedule, optimizer))
+            self.made("schedule", partial(make_schedule, optimizer))
+
+    def made(self, section: str, make: Callable[[], Any]) -> Any:
+        """Make what a table describes.
+
+        Raises
+        ------
+        ConfigurationError
+            If it cannot be made.
+        """
+        try:
+            return make()
+        except (TypeError, ValueError) as error:
+            name = getattr(self, section).get("name")
+            raise self._error(section, f"{name}: {error}" if name else str(error)) from error
 
     def imported(self, section: str, name: Any, *, home: str | None = None) -> Any:
         """Import something by its name.
@@ -152,13 +171,6 @@ class JobFile:
             return import_module(name, self.path.parent)
         except ImportError as error:
             raise self._error(section, f"{name} cannot be imported: {error}") from error
-
-    def _made(self, section: str, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except (TypeError, ValueError) as error:
-            name = getattr(self, section)["name"]
-            raise self._error(section, f"{name}: {error}") from error
 
     def _table(self, value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):

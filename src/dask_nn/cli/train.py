@@ -15,8 +15,6 @@ from dask_nn.cli.interrupts import ending_at_once
 from dask_nn.cli.job_data import open_training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
 
     from dask_nn.cli.job_file import JobFile
@@ -132,25 +130,16 @@ def _options(job: JobFile) -> dict[str, Any]:
         "lr_scheduler_every": every,
         "transform": job.transform(),
         "memory": job.data.get("memory", "auto"),
-        "strategy": _made(job, "training", Synchronous, strategy),
-        "recovery": _made(job, "recovery", Recovery, job.recovery),
+        "strategy": job.made("training", partial(Synchronous, **strategy)),
+        "recovery": job.made("recovery", partial(Recovery, **job.recovery)),
     }
     if job.checkpoint:
         if "url" not in job.checkpoint:
             raise ConfigurationError(f"{job.path}: [checkpoint] needs url")
         table = dict(job.checkpoint)
-        make = partial(Checkpoint, job.place(table.pop("url")))
-        options["checkpoint"] = _made(job, "checkpoint", make, table)
+        make = partial(Checkpoint, job.place(table.pop("url")), **table)
+        options["checkpoint"] = job.made("checkpoint", make)
     return options
-
-
-def _made(job: JobFile, section: str, make: Callable[..., Any], table: dict[str, Any]) -> Any:
-    from dask_nn.errors import ConfigurationError
-
-    try:
-        return make(**table)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{job.path}: [{section}] {error}") from error
 
 
 def _check(job: JobFile, options: dict[str, Any], *, resume: bool, validated: bool) -> None:
@@ -159,15 +148,16 @@ def _check(job: JobFile, options: dict[str, Any], *, resume: bool, validated: bo
     from dask_nn.controller.resume import check_best_name
     from dask_nn.errors import ConfigurationError
 
+    model = job.make_model()
     try:
-        checked = Options(model=job.make_model(), resume=resume, **options)
+        checked = Options(model=model, resume=resume, **options)
         metrics = options.get("metrics", ())
         if checked.checkpoint is not None and not isinstance(metrics, dict):
             names = [metrics] if isinstance(metrics, str) else list(metrics)
             check_best_name(checked.checkpoint, names, validated=validated)
-        job.check_optimizer(checked.make_model())
     except ConfigurationError as error:
         raise ConfigurationError(f"{job.path}: {error}") from error
+    job.check_optimizer(checked.make_model())
 
 
 def _history(job: JobFile) -> list[Path]:

@@ -268,7 +268,8 @@ def ec2_arguments(request: ClusterRequest, token: str) -> dict[str, Any]:
     """
     options = {name: value for name, value in request.options.items() if name not in OWN}
     for name in {"extra_bootstrap", "security_groups"} & set(options):
-        options[name] = lines(options[name])
+        if options[name] is not None:
+            options[name] = lines(options[name])
 
     def given(name: str) -> dict[str, Any]:
         return options.get(name) or {}

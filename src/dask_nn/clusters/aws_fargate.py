@@ -217,7 +217,8 @@ def fargate_arguments(request: ClusterRequest) -> dict[str, Any]:
     """Turn a request into the arguments of ``dask_cloudprovider.aws.FargateCluster``."""
     options = {name: value for name, value in request.options.items() if name not in OWN}
     for name in set(_TEXTS) & set(options):
-        options[name] = lines(options[name])
+        if options[name] is not None:
+            options[name] = lines(options[name])
     if options.get("scheduler_extra_args") is not None:
         options["scheduler_extra_args"] = arguments(options["scheduler_extra_args"])
     cpu, memory_mib = fargate_size(request.cores, request.memory)

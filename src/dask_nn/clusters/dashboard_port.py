@@ -7,16 +7,18 @@ import socket
 __all__ = ["free_or_any"]
 
 
-def free_or_any(address: str) -> str:
+def free_or_any(address: str | int) -> str:
     """Give an address to listen at, with port 0 for any if its port is busy.
 
     Dask takes another port by itself, but with a warning, and leaves the first socket open.
 
     Parameters
     ----------
-    address : str
-        Such as ``"127.0.0.1:8787"`` or ``":8787"``.
+    address : str or int
+        Such as ``"127.0.0.1:8787"``, ``":8787"`` or 8787.
     """
+    if isinstance(address, int) or address.isdecimal():
+        address = f":{address}"
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         return address

@@ -185,14 +185,14 @@ def _with_defaults(request: ClusterRequest, folder: Path) -> dict[str, Any]:
     directives, _ = asked_resources(request)
     options["job_extra_directives"] = directives
     options["job_directives_skip"] = lines(asked(request, "job_directives_skip"))
-    for name in {"cancel_command_extra", "submit_command_extra"} & set(options):
-        options[name] = arguments(options[name])
+    for name in ("cancel_command_extra", "submit_command_extra"):
+        if (extra := asked(request, name)) is not None:
+            options[name] = arguments(extra)
     if request.gpus:
         _add_gpu(request, options)
     preload = [word for module in request.preload for word in ("--preload", module)]
     # A shell reads them from the script, so that a text stays as it is, with its quotes.
-    extra = lines(asked(request, "worker_extra_args"))
-    options["worker_extra_args"] = [*extra, *preload]
+    options["worker_extra_args"] = [*lines(asked(request, "worker_extra_args")), *preload]
     before = lines(asked(request, "job_script_prologue"))
     options["job_script_prologue"] = [*_environment(request), *before]
     return options

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 from distributed import Security
 
-from dask_nn.clusters.kubernetes_resources import KubernetesOptions, cluster_resource, has_tls
+from dask_nn.clusters.kubernetes_resources import (
+    KubernetesOptions,
+    cluster_resource,
+    has_tls,
+    is_reachable,
+)
 from dask_nn.clusters.kubernetes_tls import tls_secret
 from dask_nn.clusters.optional import import_optional
 from dask_nn.clusters.serve import serve
@@ -44,9 +49,9 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
     options = KubernetesOptions.of(request.options).named(f"dask-nn-{secrets.token_hex(4)}")
     from dask_nn.clusters.kubernetes_cluster import (
         NNKubeCluster,
-        StuckPods,
         delete_what_is_left,
         describe,
+        hopeless,
     )
 
     request = _secured(request, options)
@@ -67,7 +72,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         # The operator starts a pod again that ended.
         keep=False,
         explain=describe,
-        hopeless=StuckPods().hopeless,
+        hopeless=hopeless,
         close=delete_what_is_left,
     ) as client:
         yield client
@@ -75,7 +80,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
 
 def _secured(request: ClusterRequest, options: KubernetesOptions) -> ClusterRequest:
     """Ask for TLS where the scheduler can be reached from outside, if nothing is said of it."""
-    if has_tls(request, options) or options.service_type == "ClusterIP":
+    if has_tls(request, options) or not is_reachable(options):
         return request
     return replace(request, security=True).with_certificates()
 

@@ -6,6 +6,8 @@ Imported only where dask-kubernetes is installed.
 from __future__ import annotations
 
 import contextlib
+from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import kr8s
@@ -26,18 +28,15 @@ if TYPE_CHECKING:
 
     from dask_nn.clusters.kubernetes_resources import KubernetesOptions
 
-__all__ = ["NNKubeCluster", "StuckPods", "delete_what_is_left", "describe"]
+__all__ = ["NNKubeCluster", "delete_what_is_left", "describe", "hopeless"]
 
 DELETE_TIMEOUT_S = 30
 LOG_TAIL_LINES = 10
-# States of containers that last, if they do not end by luck.
-STUCK = {
-    "CrashLoopBackOff",
-    "CreateContainerConfigError",
-    "ErrImageNeverPull",
-    "ImagePullBackOff",
-    "InvalidImageName",
-}
+# Of containers that will not start as they are.
+STUCK = {"CreateContainerConfigError", "ErrImageNeverPull", "InvalidImageName"}
+# A registry may be busy for a moment, and a container may fail once.
+PULL_PATIENCE_S = 60
+ENOUGH_RESTARTS = 3
 
 
 class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships no annotations
@@ -165,30 +164,28 @@ async def describe(cluster: Any) -> str:
     return "\n".join(lines)
 
 
-class StuckPods:
-    """Tells of pods that Kubernetes starts again and again, or not at all."""
+async def hopeless(cluster: Any) -> str:
+    """Say which pods Kubernetes cannot start, or has tried to often enough."""
+    lines = []
+    for pod in await _pods(cluster):
+        if any(map(partial(_is_stuck, _age_s(pod)), _containers(_status(pod)))):
+            lines.append(f"pod {pod.name}: {'; '.join(_troubles(_status(pod)))}")
+            lines += await _log_end(pod)
+    return "\n".join(["these pods do not start:", *lines]) if lines else ""
 
-    def __init__(self) -> None:
-        self._seen: set[tuple[str, str]] = set()
 
-    async def hopeless(self, cluster: Any) -> str:
-        """Say which pods were stuck for the same reason when this was asked before, too."""
-        pods = {pod.name: pod for pod in await _pods(cluster)}
-        seen = {
-            (name, reason)
-            for name, pod in pods.items()
-            for reason, _ in _states(_status(pod))
-            if reason in STUCK
-        }
-        stuck = sorted({name for name, _ in self._seen & seen})
-        self._seen = seen
-        if not stuck:
-            return ""
-        lines = ["these pods do not start:"]
-        for name in stuck:
-            lines.append(f"pod {name}: {'; '.join(_troubles(_status(pods[name])))}")
-            lines += await _log_end(pods[name])
-        return "\n".join(lines)
+def _is_stuck(pod_age_s: float, container: dict[str, Any]) -> bool:
+    reason, _ = _state(container)
+    return (
+        reason in STUCK
+        or (reason == "ImagePullBackOff" and pod_age_s > PULL_PATIENCE_S)
+        or (reason == "CrashLoopBackOff" and container.get("restartCount", 0) >= ENOUGH_RESTARTS)
+    )
+
+
+def _age_s(pod: Pod) -> float:
+    created = datetime.fromisoformat(pod.to_dict()["metadata"]["creationTimestamp"])
+    return (datetime.now(UTC) - created).total_seconds()
 
 
 async def _pods(cluster: Any) -> list[Pod]:
@@ -199,7 +196,7 @@ async def _pods(cluster: Any) -> list[Pod]:
 
 async def _log_end(pod: Pod) -> list[str]:
     """Give the last lines of a container that ended and is started again."""
-    if "CrashLoopBackOff" not in dict(_states(_status(pod))):
+    if not any(_state(one)[0] == "CrashLoopBackOff" for one in _containers(_status(pod))):
         return []
     try:
         lines = [line async for line in pod.logs(tail_lines=LOG_TAIL_LINES)]
@@ -213,14 +210,16 @@ def _status(pod: Pod) -> dict[str, Any]:
     return status
 
 
-def _states(status: dict[str, Any]) -> list[tuple[str, str]]:
-    """Give for each container that is not running the reason and what is said of it."""
-    return [
-        (state["reason"], state.get("message") or "")
-        for container in status.get("containerStatuses", ())
-        for state in container.get("state", {}).values()
-        if isinstance(state, dict) and state.get("reason")
-    ]
+def _containers(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
+
+
+def _state(container: dict[str, Any]) -> tuple[str, str]:
+    """Give the reason why a container is not running, and what is said of it."""
+    for state in container.get("state", {}).values():
+        if isinstance(state, dict) and state.get("reason"):
+            return state["reason"], state.get("message") or ""
+    return "", ""
 
 
 def _troubles(status: dict[str, Any]) -> list[str]:
@@ -231,7 +230,7 @@ def _troubles(status: dict[str, Any]) -> list[str]:
         for condition in status.get("conditions", ())
         if condition.get("status") == "False" and condition.get("message")
     ]
-    said += [" ".join(filter(None, state)) for state in _states(status)]
+    said += filter(None, (" ".join(_state(one)).strip() for one in _containers(status)))
     return said
 
 

@@ -37,6 +37,8 @@ LONGEST_NAME = 63 - len("-scheduler")
 # How long a worker looks for its scheduler, and Kubernetes starts it again after that.
 DEATH_TIMEOUT_S = 300
 # Beside those whose values have rules of their own.
+# Of the scheduler's service.
+TAKEN = {"clusterIP", "ports", "selector", "type"}
 TYPES = {
     "port_forward": SWITCH,
     "scheduler_pod": MAPPING,
@@ -113,6 +115,9 @@ class KubernetesOptions:
 
     def __post_init__(self) -> None:
         check_types(vars(self), TYPES)
+        for name in TAKEN & set(self.scheduler_service):
+            why = "give service_type" if name == "type" else "the operator needs it as it is"
+            raise ConfigurationError(f"scheduler_service cannot set {name}; {why}")
         services = ("ClusterIP", "NodePort", "LoadBalancer")
         if self.service_type not in services:
             raise ConfigurationError(
@@ -219,6 +224,11 @@ def cluster_resource(request: ClusterRequest, options: KubernetesOptions) -> dic
     resource["spec"]["scheduler"]["spec"] = merge_pod(scheduler, options.scheduler_pod)
     resource["spec"]["scheduler"]["service"].update(options.scheduler_service)
     return resource
+
+
+def is_reachable(options: KubernetesOptions) -> bool:
+    """Tell whether the scheduler's service lets others in than those of the same Kubernetes."""
+    return options.service_type != "ClusterIP" or bool(options.scheduler_service.get("externalIPs"))
 
 
 def has_tls(request: ClusterRequest, options: KubernetesOptions) -> bool:

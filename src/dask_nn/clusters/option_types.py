@@ -18,6 +18,7 @@ from dask.utils import parse_bytes, parse_timedelta
 from dask_nn.errors import ConfigurationError
 
 __all__ = [
+    "ADDRESS",
     "ARGUMENTS",
     "COUNT",
     "LINES",
@@ -95,7 +96,7 @@ def check_types(
         known = types.get(name)
         if known is None or value is None:
             continue
-        for each in value if known.listed and isinstance(value, list) else [value]:
+        for each in value if known.listed and isinstance(value, list | tuple) else [value]:
             if not known.accepts(each):
                 raise ConfigurationError(f"{prefix}{name} must be {known.expected}, got {value!r}")
             if known.keys:
@@ -217,9 +218,14 @@ MAPPING = OptionType(
     accepts=_is_mapping,
 )
 
+ADDRESS = OptionType(
+    expected='an address such as ":8787", or the number of a port',
+    accepts=lambda value: _is_text(value) or _is_port(value),
+)
+
 _OF_SERVERS = {
     "dashboard": SWITCH,
-    "dashboard_address": TEXT,
+    "dashboard_address": ADDRESS,
     "host": TEXT,
     "interface": TEXT,
     "preload": TEXTS,

@@ -188,7 +188,8 @@ async def _unless_hopeless(
     patience_s = ASK_FIRST_AFTER_S
     try:
         while not (await asyncio.wait({task}, timeout=patience_s))[0]:
-            if made and (reason := await _told(hopeless, made[0], errors=False)):
+            reason = await _told(hopeless, made[0], errors=False) if made else ""
+            if reason and not task.done():  # the answer may be older than what it speaks of
                 raise ClusterError(reason)
             patience_s = min(2 * patience_s, ASK_EVERY_S_AT_MOST)
         await task

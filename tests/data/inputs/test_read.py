@@ -165,6 +165,23 @@ def test_a_category_that_the_whole_table_does_not_tell_is_named():
         read_inputs(each, needs_target=False)["X"].compute()
 
 
+@pytest.mark.parametrize(
+    ("told", "made", "message"),
+    [
+        (int, "category", "'kind' of X is a category in this partition, and none in the DataFrame"),
+        ("category", int, "'kind' of X has type int64 in this partition and is a category"),
+    ],
+)
+def test_a_meta_that_is_wrong_about_categories_is_said(told, made, message):
+    table = pd.DataFrame({"a": range(8), "kind": [10, 20] * 4})
+    each = dd.from_pandas(table, npartitions=2).map_partitions(
+        lambda rows: rows.assign(kind=rows.kind.astype(made)),
+        meta=table[:2].assign(kind=table.kind[:2].astype(told)),
+    )
+    with pytest.raises(DataError, match=message):
+        read_inputs(each, needs_target=False)["X"].compute()
+
+
 def test_unknown_categories_say_what_to_do():
     table = dd.from_pandas(frame().assign(c=pd.Categorical(["a"] * 12)), npartitions=2)
     with pytest.raises(DataError, match=r"categorize"):

@@ -159,6 +159,12 @@ class Table:
             self._refuse_missing(np.asarray(series.isna()), series)
             codes = np.asarray(self._with_known_categories(series).cat.codes)
             return codes.astype(self.dtype)
+        if series.name in self.categories:
+            message = (
+                f"column {series.name!r} of {self.name} has type {series.dtype} in this partition "
+                "and is a category in the DataFrame's meta; make it one, or mend the meta"
+            )
+            raise DataError(message)
         if hasattr(series.dtype, "na_value") and not isinstance(series.dtype, np.dtype):
             missing = np.asarray(series.isna())
             if self.dtype.kind == "f":
@@ -169,7 +175,14 @@ class Table:
 
     def _with_known_categories(self, series: Any) -> Any:
         """Give a column the categories of the whole table; a partition may have others."""
-        known = self.categories[series.name]
+        known = self.categories.get(series.name)
+        if known is None:
+            message = (
+                f"column {series.name!r} of {self.name} is a category in this partition, and none "
+                "in the DataFrame's meta, so that its codes would mean something else in each "
+                "partition; mend the meta, or call categorize()"
+            )
+            raise DataError(message)
         if series.cat.categories.equals(known):
             return series
         ours = series.cat.set_categories(known)
@@ -196,7 +209,8 @@ def _tables(frame: Any, *, name: str, target: Any, weight: Any, features: Any) -
     meta = frame._meta if is_dask_frame(frame) else frame  # noqa: SLF001
     if frame.ndim == 1:
         dtype = _dtype_of(meta, meta.name, name, nan=name != "y")
-        return {name: Table((meta.name,), True, dtype, name, _categories([meta]))}
+        categories = _categories([meta])
+        return {name: Table((meta.name,), flat=True, dtype=dtype, name=name, categories=categories)}
     columns = list(meta.columns)
     taken = {}
     for key, wanted in (("y", target), ("sample_weight", weight)):
@@ -222,7 +236,8 @@ def _tables(frame: Any, *, name: str, target: Any, weight: Any, features: Any) -
 def _table(meta: Any, columns: list[Any], name: str, *, flat: bool) -> Table:
     types = [_dtype_of(meta[column], column, name, nan=name != "y") for column in columns]
     categories = _categories(meta[column] for column in columns)
-    return Table(tuple(columns), flat, np.result_type(*types), name, categories)
+    dtype = np.result_type(*types)
+    return Table(tuple(columns), flat=flat, dtype=dtype, name=name, categories=categories)
 
 
 def _categories(columns: Iterable[Any]) -> dict[Any, Any]:
