@@ -259,7 +259,7 @@ def persisted_scale(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
 
 
 def persisted_below(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
-    return X.persist() + np.float32(0), y
+    return X.persist() + np.float32(0), y.persist()
 
 
 @pytest.mark.parametrize("form", [persisted_targets, persisted_scale, persisted_below])

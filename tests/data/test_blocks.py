@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from dask_nn.data.blocks import Blocks, align
+from dask_nn.data.memory import Room
 from dask_nn.data.peek import label_range, sample
+from dask_nn.data.streaming import is_persisted
 from dask_nn.errors import DataError
 
 X = np.arange(60, dtype=np.float32).reshape(20, 3)
@@ -194,3 +196,40 @@ def test_a_block_that_is_not_what_its_array_says_is_found(request, where):
     }
     with pytest.raises(DataError, match=text[where]):
         sample(aligned(client, X=lazy, y=Y), 4, client=client)
+
+
+def halves(array: da.Array) -> da.Array:
+    return array.persist() / np.float32(2)
+
+
+HELD = {
+    "persisted": (lambda array: array.persist(), True),
+    "blocks of what is persisted": (lambda array: array.persist().blocks[::-1], True),
+    "rows of what is persisted": (lambda array: array.persist()[:10], True),
+    "computed from what is persisted": (halves, False),
+    "computed from more blocks that are": (lambda array: halves(array)[:5], False),
+    "partly persisted": (
+        lambda array: da.concatenate([array[:5].persist(), array[5:].persist() + 1]),
+        False,
+    ),
+    "lazy": (lambda array: array + 1, False),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_only_an_array_whose_own_blocks_are_there_counts_as_held(name, threads_client):
+    make, held = HELD[name]
+    array = make(da.from_array(X, chunks=(5, 3)))
+    y = da.from_array(np.arange(len(array)), chunks=5).persist()
+    assert is_persisted(array, threads_client) is held
+    blocks = aligned(threads_client, X=array, y=y)
+    assert blocks.new_bytes == (0 if held else array.nbytes)
+    tight = Room(held_bytes=10, worker_bytes=1 << 30)
+    for memory in ("auto", "stream"):
+        options = {"block_size_bytes": 1 << 20, "memory": memory, "room": tight}
+        if held and memory == "stream":
+            with pytest.raises(DataError, match=r"persisted already"):
+                align({"X": array, "y": y}, client=threads_client, **options)
+        else:
+            found = align({"X": array, "y": y}, client=threads_client, **options)
+            assert (found.stream is not None) is not held

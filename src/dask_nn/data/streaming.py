@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+from dask._task_spec import Alias, convert_legacy_graph
 from dask.core import flatten
-from dask.utils import format_bytes
+from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
 from dask_nn.data.finite import check_found, not_finite
@@ -20,7 +21,7 @@ from dask_nn.data.stream import Stream, Surveyor, needed_keys
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from distributed import Client
 
@@ -33,12 +34,26 @@ SAMPLED_BLOCKS = 3
 
 
 def is_persisted(array: da.Array, client: Client | None) -> bool:
-    """Tell whether every block of an array is in memory, or on its way there."""
+    """Tell whether every block of an array is in memory, or on its way there.
+
+    What is computed from persisted blocks is not, but blocks chosen from them are.
+    """
     if client is not None:
-        return bool(len(futures_of(array)) >= array.npartitions)
+        held = {future.key for future in futures_of(array)}
+        if not held or held.issuperset(_keys(array)):
+            return bool(held)
+        graph = convert_legacy_graph(ensure_dict(array.__dask_graph__()))
+        return held.issuperset(_origin(key, graph) for key in _keys(array))
     layer = array.dask.layers.get(array.name, {})
     values = (getattr(layer.get(key), "value", layer.get(key)) for key in _keys(array))
     return all(isinstance(value, np.ndarray) for value in values)
+
+
+def _origin(key: Any, graph: Mapping[Any, Any]) -> Any:
+    """Give the key that another one stands for."""
+    while isinstance(node := graph.get(key), Alias) and node.target != key:
+        key = node.target
+    return key
 
 
 def _keys(array: da.Array) -> list[Any]:
