@@ -4,14 +4,17 @@ from uuid import uuid4
 
 import dask
 import dask.array as da
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from dask_nn.data.blocks import Blocks, align
+from dask_nn.data.inputs.read import read_inputs
 from dask_nn.data.memory import Room
 from dask_nn.data.peek import label_range, sample
-from dask_nn.data.streaming import is_persisted
+from dask_nn.data.streaming import is_persisted, measure
 from dask_nn.errors import DataError
 
 X = np.arange(60, dtype=np.float32).reshape(20, 3)
@@ -233,3 +236,12 @@ def test_only_an_array_whose_own_blocks_are_there_counts_as_held(name, threads_c
         else:
             found = align({"X": array, "y": y}, client=threads_client, **options)
             assert (found.stream is not None) is not held
+
+
+@pytest.mark.parametrize("where", ["this process", "cluster"])
+def test_a_table_of_unknown_lengths_is_measured(request, where):
+    client = request.getfixturevalue("threads_client") if where == "cluster" else None
+    frame = pd.DataFrame(X, columns=list("abc"))
+    parts = [dask.delayed(frame[start : start + 4]) for start in range(0, 20, 4)]
+    table = dd.from_delayed(parts, meta=frame[:0], verify_meta=False)
+    assert measure(read_inputs(table, needs_target=False), client) == X.nbytes
