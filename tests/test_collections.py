@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dask
 import dask.array as da
@@ -202,19 +202,49 @@ def test_a_module_of_two_outputs(data, client):
     assert found["loss"] == pytest.approx(results[0].history[-1]["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("memory", ["resident", "stream"])
-def test_a_partition_that_raises_is_named(memory, data, client):
-    def fail(block, block_info=None):
-        if block_info[0]["chunk-location"][0] == 4:
-            message = "bad sector"
-            raise RuntimeError(message)
-        return block
+def failing(number: int, which: int) -> tuple[np.ndarray, np.ndarray]:
+    if number == which:
+        message = "bad sector"
+        raise RuntimeError(message)
+    return np.ones((ROWS, 20), "f4"), np.zeros(ROWS, "i8")
 
-    X = da.map_blocks(fail, da.from_zarr(data.store, component="X"), dtype="f4")
-    with pytest.raises((DataError, RankFailed), match=r"block 4.* on .*tcp:.*bad sector") as caught:
-        train(X, data.y, memory=memory)
-    if memory == "resident":
-        assert "in fail" in str(caught.value)  # the traceback
+
+def failing_array(which: int) -> tuple[da.Array, np.ndarray]:
+    parts = [delayed(failing, pure=False)(number, which)[0] for number in range(6)]
+    X = da.concatenate([da.from_delayed(part, (ROWS, 20), "f4") for part in parts])
+    return X, np.zeros(6 * ROWS, "i8")
+
+
+def failing_frame(which: int) -> tuple[dd.DataFrame, str]:
+    def read(number: int) -> pd.DataFrame:
+        X, y = failing(number, which)
+        return pd.DataFrame(X, columns=[f"x{column}" for column in range(20)]).assign(label=y)
+
+    parts = [delayed(read, pure=False)(number) for number in range(6)]
+    return dd.from_delayed(parts, meta=read(7), verify_meta=False), "label"
+
+
+def failing_parts(which: int) -> tuple[list[Any]]:
+    return ([delayed(failing, pure=False)(number, which) for number in range(6)],)
+
+
+@pytest.mark.parametrize("which", [0, 3])
+@pytest.mark.parametrize("memory", ["auto", "resident", "stream"])
+@pytest.mark.parametrize("form", [failing_array, failing_frame, failing_parts])
+@pytest.mark.parametrize("engine", ["spmd", "graph", "here"])
+def test_a_partition_that_raises_is_named(form, memory, which, engine, request):
+    here = engine == "here"
+    client = None if here else request.getfixturevalue("client")
+    options = {} if here else {"engine": engine}
+    where = "" if here else r" on worker tcp://\S+"
+    text = rf"block {which} (of .* )?could not be computed{where}: RuntimeError: bad sector"
+    if engine == "graph":  # of a stream, while it trains
+        text += (
+            rf"|tcp://\S+ failed .*block {which} could not be computed: RuntimeError: bad sector"
+        )
+    with pytest.raises((DataError, RankFailed), match=text) as caught:
+        train(*form(which), memory=memory, client=client, **options)
+    assert "in failing\n" in str(caught.value)  # the original traceback
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])
@@ -259,7 +289,7 @@ def persisted_scale(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
 
 
 def persisted_below(X: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
-    return X.persist() + np.float32(0), y
+    return X.persist() + np.float32(0), y.persist()
 
 
 @pytest.mark.parametrize("form", [persisted_targets, persisted_scale, persisted_below])
@@ -331,7 +361,8 @@ def test_a_source_that_vanishes_ends_the_run_and_leaves_the_checkpoint(
         "checkpoint": str(tmp_path / "checkpoints"),
     }
     X = read(path)
-    with pytest.raises(RankFailed, match=r"could not be computed on tcp.*after 4 attempts.*source"):
+    text = r"could not be computed on worker tcp.*after 4 attempts.*source"
+    with pytest.raises(RankFailed, match=text):
         train(X, data.y, callbacks=[Remover(path)], **options)
     save(path, data.X)
     again = train(X, data.y, resume=True, **options)

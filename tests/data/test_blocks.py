@@ -4,12 +4,17 @@ from uuid import uuid4
 
 import dask
 import dask.array as da
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from dask_nn.data.blocks import Blocks, align
+from dask_nn.data.inputs.read import read_inputs
+from dask_nn.data.memory import Room
 from dask_nn.data.peek import label_range, sample
+from dask_nn.data.streaming import is_persisted, measure
 from dask_nn.errors import DataError
 
 X = np.arange(60, dtype=np.float32).reshape(20, 3)
@@ -194,3 +199,49 @@ def test_a_block_that_is_not_what_its_array_says_is_found(request, where):
     }
     with pytest.raises(DataError, match=text[where]):
         sample(aligned(client, X=lazy, y=Y), 4, client=client)
+
+
+def halves(array: da.Array) -> da.Array:
+    return array.persist() / np.float32(2)
+
+
+HELD = {
+    "persisted": (lambda array: array.persist(), True),
+    "blocks of what is persisted": (lambda array: array.persist().blocks[::-1], True),
+    "rows of what is persisted": (lambda array: array.persist()[:10], True),
+    "computed from what is persisted": (halves, False),
+    "computed from more blocks that are": (lambda array: halves(array)[:5], False),
+    "partly persisted": (
+        lambda array: da.concatenate([array[:5].persist(), array[5:].persist() + 1]),
+        False,
+    ),
+    "lazy": (lambda array: array + 1, False),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_only_an_array_whose_own_blocks_are_there_counts_as_held(name, threads_client):
+    make, held = HELD[name]
+    array = make(da.from_array(X, chunks=(5, 3)))
+    y = da.from_array(np.arange(len(array)), chunks=5).persist()
+    assert is_persisted(array, threads_client) is held
+    blocks = aligned(threads_client, X=array, y=y)
+    assert blocks.new_bytes == (0 if held else array.nbytes)
+    tight = Room(held_bytes=10, worker_bytes=1 << 30)
+    for memory in ("auto", "stream"):
+        options = {"block_size_bytes": 1 << 20, "memory": memory, "room": tight}
+        if held and memory == "stream":
+            with pytest.raises(DataError, match=r"persisted already"):
+                align({"X": array, "y": y}, client=threads_client, **options)
+        else:
+            found = align({"X": array, "y": y}, client=threads_client, **options)
+            assert (found.stream is not None) is not held
+
+
+@pytest.mark.parametrize("where", ["this process", "cluster"])
+def test_a_table_of_unknown_lengths_is_measured(request, where):
+    client = request.getfixturevalue("threads_client") if where == "cluster" else None
+    frame = pd.DataFrame(X, columns=list("abc"))
+    parts = [dask.delayed(frame[start : start + 4]) for start in range(0, 20, 4)]
+    table = dd.from_delayed(parts, meta=frame[:0], verify_meta=False)
+    assert measure(read_inputs(table, needs_target=False), client) == X.nbytes

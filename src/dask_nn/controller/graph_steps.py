@@ -165,7 +165,7 @@ class BlockTasks:
         place = self.place(step, shard)
         order = cloudpickle.dumps(self._data.one(block))
         shared: list[Any] = [Future(key, self._client) for key in self._data.shared]
-        return self._client.submit(tasks.compute_block, place, order, shared, pure=False)
+        return self._client.submit(tasks.compute_block, place, block, order, shared, pure=False)
 
     def place(self, step: int, shard: int) -> tasks.Place:
         """Say for whom a task works."""

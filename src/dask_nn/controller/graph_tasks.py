@@ -181,11 +181,11 @@ def open_window(
         return rows
 
 
-def compute_block(place: Place, order: bytes, shared: list[Any]) -> list[Any]:
+def compute_block(place: Place, block: int, order: bytes, shared: list[Any]) -> list[Any]:
     """Compute a block of a stream, for the step and shard that need it first."""
     from dask_nn.data.reader import with_retries
 
-    with _named(place):
+    with _named(place, f"block {block} could not be computed: "):
         stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
         values = stream.values | dict(zip(stream.shared, shared, strict=False))
         return list(with_retries(lambda: stream.compute(0, 0, values)))
@@ -308,7 +308,7 @@ def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Ite
 
 
 @contextlib.contextmanager
-def _named(place: Place) -> Iterator[None]:
+def _named(place: Place, what: str = "") -> Iterator[None]:
     """Do a task's work: it is seen while it lasts, and its error gets a place and a traceback.
 
     Without that, an OSError of the user's code would look like one of the cluster.
@@ -321,7 +321,7 @@ def _named(place: Place) -> Iterator[None]:
     except DaskNNError:
         raise
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{what}{type(error).__name__}: {error}"
         text = "".join(traceback.format_exception(error))
         address = get_worker().address
         # Tasks have no rank; a shard's task does what the rank of that shard would.

@@ -201,7 +201,7 @@ def _streams(
             )
             raise DataError(message)
         return False
-    unheld = [array for array in lazy.values() if not is_persisted(array, client)]
+    unheld = {name: array for name, array in lazy.items() if not is_persisted(array, client)}
     if not unheld and (client is not None or memory == "auto"):
         if memory == "stream":
             message = (

@@ -11,6 +11,7 @@ import numpy as np
 from distributed import Future
 
 from dask_nn.data.finite import check_found, not_finite
+from dask_nn.data.problem import Problem, this_worker
 from dask_nn.data.reader import with_retries
 from dask_nn.data.sending import gather
 from dask_nn.data.stream import Stream, Surveyor, needed_keys
@@ -173,32 +174,37 @@ def _heads_of_stream(
     )
     few = replace(few, shared=needed_keys(few.recipes))
     of_key = dict(zip(stream.shared, blocks.futures, strict=False))
-    order = cloudpickle.dumps((few, [take for _, take in takes]))
+    order = cloudpickle.dumps((few, takes))
     try:
+        heads: list[list[Array]] | Problem
         if client is None:
-            return _heads(order, [])
-        futures = [of_key[key] for key in few.shared]
-        task = client.submit(_heads, order, futures, pure=False)
-        heads: list[list[Array]] = gather(client, [task])[0]
-    except ClusterError:
+            heads = _heads(order, [])
+        else:
+            futures = [of_key[key] for key in few.shared]
+            task = client.submit(_heads, order, futures, pure=False)
+            heads = gather(client, [task])[0]
+    except (ClusterError, DataError):
         raise
     except Exception as error:
         message = f"the first block could not be computed: {type(error).__name__}: {error}"
         raise DataError(message) from error
+    if isinstance(heads, Problem):
+        raise heads.error(" and ".join(blocks.fields[place].name for place in stream.places))
     return heads
 
 
-def _heads(order: bytes, shared: list[Any]) -> list[list[Array]]:
+def _heads(order: bytes, shared: list[Any]) -> list[list[Array]] | Problem:
     few: Stream
     few, takes = cloudpickle.loads(order)
     values = few.values | dict(zip(few.shared, shared, strict=False))
-    return [
-        [
-            _head(array, take)
-            for array in with_retries(partial(few.compute, number, few.starts[number], values))
-        ]
-        for number, take in enumerate(takes)
-    ]
+    heads = []
+    for number, (block, take) in enumerate(takes):
+        try:
+            arrays = with_retries(partial(few.compute, number, few.starts[number], values))
+        except Exception as error:
+            return Problem.of(block, error, this_worker())
+        heads.append([_head(array, take) for array in arrays])
+    return heads
 
 
 def _head(array: Array, rows: int) -> Array:

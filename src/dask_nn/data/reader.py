@@ -14,14 +14,15 @@ import numpy as np
 from dask.sizeof import sizeof
 
 from dask_nn.data.lengths import check_rows
+from dask_nn.data.problem import Problem
 from dask_nn.data.sizes import SHARED_BYTES
-from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from dask_nn.data.stream import Stream
+    from dask_nn.errors import DataError
 
 __all__ = [
     "Block",
@@ -204,7 +205,7 @@ class StreamReader(BlockReader):
     fetch_shared : callable
         From the keys of what many blocks need to the values; what was needed last is kept.
     place : str
-        Where this is, for errors.
+        The worker's address, for errors.
     threads : int
         Blocks that may be computed at the same time.
     check : callable, optional
@@ -293,7 +294,4 @@ class StreamReader(BlockReader):
         return found
 
     def _failed(self, block: int, error: Exception, attempts: int) -> DataError:
-        where = f" on {self._place}" if self._place else ""
-        often = f" after {attempts} attempts" if attempts > 1 else ""
-        text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        return DataError(f"block {block} could not be computed{where}{often}: {text}")
+        return Problem.of(block, error, self._place).error(attempts=attempts)

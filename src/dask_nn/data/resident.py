@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 import uuid
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -16,7 +15,7 @@ from dask.core import flatten
 from distributed.client import futures_of
 
 from dask_nn.data.lengths import check_rows
-from dask_nn.data.problem import Problem
+from dask_nn.data.problem import Problem, find_problem
 from dask_nn.data.sending import send, wait_while_able
 from dask_nn.errors import DataError
 
@@ -54,6 +53,10 @@ def persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.
     try:
         return dict(zip(arrays, dask.persist(*values), strict=True))
     except Exception as error:
+        for name, array in arrays.items():
+            blocks = array.to_delayed(optimize_graph=False).ravel()
+            if (problem := find_problem(enumerate(blocks))) is not None:
+                raise problem.error(name) from error
         message = f"{', '.join(arrays)} could not be computed: {error!r}"
         raise DataError(message) from error
 
@@ -69,28 +72,8 @@ def _wait(client: Client, arrays: dict[str, da.Array]) -> None:
                 if future.status != "error":
                     message = f"block {block} of {name} could not be computed: {future.status}"
                     raise DataError(message)
-                error = future.exception()
-                workers = _erred_on(client, future.key)
-                problem = Problem(
-                    block,
-                    ", ".join(workers),
-                    f"{type(error).__name__}: {error}",
-                    "".join(traceback.format_exception(error)),
-                )
-                raise problem.error(name) from error
-
-
-def _erred_on(client: Client, key: Any) -> list[str]:
-    """Tell on which workers a task failed."""
-
-    def look(dask_scheduler: Any = None) -> list[str]:
-        task = dask_scheduler.tasks.get(key)
-        return [] if task is None else sorted(map(str, task.erred_on))
-
-    with contextlib.suppress(Exception):  # the error itself matters more
-        found: list[str] = client.run_on_scheduler(look)
-        return found
-    return []
+                problem = Problem.of_future(block, future, client)
+                raise problem.error(name) from future.exception()
 
 
 def resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:

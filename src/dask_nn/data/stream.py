@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import traceback
 import uuid
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,10 +13,10 @@ import cloudpickle
 import dask
 from dask.delayed import Delayed
 from dask.sizeof import sizeof
-from distributed import Future, get_worker
+from distributed import Future
 
 from dask_nn.data.lengths import check_rows
-from dask_nn.data.problem import Problem
+from dask_nn.data.problem import Problem, this_worker
 from dask_nn.data.reader import with_retries
 from dask_nn.data.recipes import Literal, Recipe, cook
 from dask_nn.data.sending import gather, send
@@ -230,16 +228,6 @@ def _look(order: bytes, shared: list[Any]) -> list[Any]:
         try:
             found.append(function(with_retries(partial(cook, recipe, values))))
         except Exception as error:
-            address = ""
-            with contextlib.suppress(ValueError):  # not on a worker
-                address = get_worker().address
-            found.append(
-                Problem(
-                    number,
-                    address,
-                    f"{type(error).__name__}: {error}",
-                    "".join(traceback.format_exception(error)),
-                )
-            )
+            found.append(Problem.of(number, error, this_worker()))
             break
     return found

@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+from dask._task_spec import Alias, convert_legacy_graph
 from dask.core import flatten
-from dask.utils import format_bytes
+from dask.delayed import delayed
+from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
+from dask_nn.data.problem import Problem, find_problem
 from dask_nn.data.recipes import split_source, write_recipes
+from dask_nn.data.sending import gather, wait_while_able
 from dask_nn.data.sizes import KEPT_BYTES
 from dask_nn.data.stream import Stream, Surveyor, needed_keys
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from distributed import Client
 
@@ -33,39 +37,78 @@ SAMPLED_BLOCKS = 3
 
 
 def is_persisted(array: da.Array, client: Client | None) -> bool:
-    """Tell whether every block of an array is in memory, or on its way there."""
+    """Tell whether every block of an array is in memory, or on its way there.
+
+    What is computed from persisted blocks is not, but blocks chosen from them are.
+    """
     if client is not None:
-        return bool(len(futures_of(array)) >= array.npartitions)
+        held = {future.key for future in futures_of(array)}
+        if not held or held.issuperset(_keys(array)):
+            return bool(held)
+        graph = convert_legacy_graph(ensure_dict(array.__dask_graph__()))
+        return held.issuperset(_origin(key, graph) for key in _keys(array))
     layer = array.dask.layers.get(array.name, {})
     values = (getattr(layer.get(key), "value", layer.get(key)) for key in _keys(array))
     return all(isinstance(value, np.ndarray) for value in values)
+
+
+def _origin(key: Any, graph: Mapping[Any, Any]) -> Any:
+    """Give the key that another one stands for."""
+    while isinstance(node := graph.get(key), Alias) and node.target != key:
+        key = node.target
+    return key
 
 
 def _keys(array: da.Array) -> list[Any]:
     return list(flatten(array.__dask_keys__()))
 
 
-def measure(arrays: Sequence[da.Array], client: Client | None) -> int:
-    """Tell how many bytes arrays have, computing a few blocks of those of unknown length."""
+def measure(arrays: Mapping[str, da.Array], client: Client | None) -> int:
+    """Tell how many bytes arrays have, computing a few blocks of those of unknown length.
+
+    Raises
+    ------
+    DataError
+        If such a block cannot be computed; names it.
+    """
     total = 0
-    for array in arrays:
+    for name, array in arrays.items():
         if not np.isnan(array.nbytes):
             total += int(array.nbytes)
             continue
-        blocks = array.blocks.ravel()
+        # Delayed: a part of an array that is made of a table may be culled wrongly.
+        blocks = array.to_delayed(optimize_graph=False).ravel()
         step = max(1, len(blocks) // SAMPLED_BLOCKS)
-        sampled = [da.count_nonzero(da.ones_like(block)) for block in blocks[::step]]
-        try:
-            counts = (
-                dask.compute(*sampled) if client is None else client.gather(client.compute(sampled))
-            )
-        except DataError:
-            raise
-        except Exception as error:
-            message = f"some blocks could not be computed to see how large they are: {error!r}"
-            raise DataError(message) from error
+        size_of = delayed(np.size, pure=False)
+        sampled = {number: size_of(blocks[number]) for number in range(0, len(blocks), step)}
+        counts = (
+            _computed_here(name, sampled) if client is None else _computed(name, sampled, client)
+        )
         total += int(np.mean(counts)) * array.dtype.itemsize * len(blocks)
     return total
+
+
+def _computed_here(name: str, parts: Mapping[int, Any]) -> Sequence[Any]:
+    """Compute numbers that are made of some blocks, in this process."""
+    try:
+        found: Sequence[Any] = dask.compute(*parts.values())
+    except Exception as error:
+        if (problem := find_problem(parts.items())) is not None:
+            raise problem.error(name) from error
+        message = f"blocks of {name} could not be computed to see how large they are: {error!r}"
+        raise DataError(message) from error
+    return found
+
+
+def _computed(name: str, parts: Mapping[int, Any], client: Client) -> Sequence[Any]:
+    """Compute numbers that are made of some blocks, on the cluster."""
+    futures = client.compute(list(parts.values()))
+    wait_while_able(client, futures)
+    for number, future in zip(parts, futures, strict=True):
+        if future.status == "error":
+            problem = Problem.of_future(number, future, client)
+            raise problem.error(name) from future.exception()
+    return gather(client, futures)
 
 
 def stream_blocks(

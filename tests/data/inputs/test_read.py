@@ -204,14 +204,27 @@ def test_an_iterable_dataset_is_refused():
         read_inputs(Endless())
 
 
-def test_a_part_that_raises_is_named():
-    @delayed
-    def fail():
-        message = "the disk is gone"
-        raise OSError(message)
+@delayed
+def unreadable():
+    message = "the disk is gone"
+    raise OSError(message)
 
-    with pytest.raises(DataError, match=r"first part.*the disk is gone"):
-        read_inputs([fail()])
+
+@pytest.mark.parametrize("where", ["here", "cluster", "persisted"])
+def test_a_part_that_raises_is_named(where, request):
+    client = None if where == "here" else request.getfixturevalue("threads_client")
+    part = client.persist(unreadable()) if where == "persisted" else unreadable()
+    worker = r" on worker inproc://\S+" if client else ""
+    text = rf"block 0 of the list of Delayed for X could not be computed{worker}: OSError: the disk"
+    with pytest.raises(DataError, match=text) as caught:
+        read_inputs([part], client=client)
+    assert "in unreadable" in str(caught.value)
+
+
+def test_a_partition_of_a_bag_that_raises_is_named():
+    bag = db.from_delayed([delayed([]), unreadable()])
+    with pytest.raises(DataError, match=r"block 1 of the Bag for X could not be computed: OSError"):
+        read_inputs(bag)
 
 
 class Stuck(np.ndarray):

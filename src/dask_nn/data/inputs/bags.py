@@ -94,9 +94,15 @@ def parts_of_bag(
 
     pieces = list(bag.to_delayed(optimize_graph=False))
     what = f"the Bag for {name}"
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         layout = look_at(
-            piece, layout_of, client, what=what, name=name, beside_samples=beside_samples
+            piece,
+            layout_of,
+            client,
+            what=what,
+            number=number,
+            name=name,
+            beside_samples=beside_samples,
         )
         if layout is not None:
             break

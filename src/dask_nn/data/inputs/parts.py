@@ -17,14 +17,15 @@ from dask.utils import ensure_dict
 from distributed.client import futures_of
 
 from dask_nn.data.inputs.plain import as_numpy
-from dask_nn.data.sending import gather
+from dask_nn.data.problem import Problem, this_worker
+from dask_nn.data.sending import gather, wait_while_able
 from dask_nn.errors import ClusterError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dask.delayed import Delayed
-    from distributed import Client
+    from distributed import Client, Future
 
 __all__ = ["array_of_parts", "columns_of_parts", "delayed_parts", "head_of", "look_at"]
 
@@ -92,7 +93,13 @@ def columns_of_parts(
 
 
 def look_at(
-    part: Delayed, function: Callable[..., Any], client: Client | None, *, what: str, **options: Any
+    part: Delayed,
+    function: Callable[..., Any],
+    client: Client | None,
+    *,
+    what: str,
+    number: int = 0,
+    **options: Any,
 ) -> Any:
     """Apply a function to one part, where it is computed: only what it returns travels.
 
@@ -106,33 +113,49 @@ def look_at(
         Of the cluster; this process if None.
     what : str
         How errors call the collection.
+    number : int
+        Of the part.
 
     Raises
     ------
     DataError
-        If it cannot be computed.
+        If it cannot be computed; names it.
     """
     look = partial(function, what=what, **options)
     try:
         if client is None:
             return dask.delayed(look, pure=False)(part).compute()
         if futures_of(part):
-            return client.compute(dask.delayed(look, pure=False)(part)).result()
+            future = client.compute(dask.delayed(look, pure=False)(part))
+            return _result(future, number, client, what)
         # Inside a task of its own: the scheduler would confuse its tasks with those of the whole,
         # which is optimized in another way.
         (optimized,) = dask.optimize(part)
         order = cloudpickle.dumps((look, ensure_dict(optimized.__dask_graph__()), part.key))
-        return gather(client, [client.submit(_look, order, pure=False)])[0]
+        (found,) = gather(client, [client.submit(_look, order, number, pure=False)])
     except (ClusterError, DataError):
         raise
     except Exception as error:
-        message = f"the first part of {what} could not be computed: {error!r}"
-        raise DataError(message) from error
+        raise Problem.of(number, error).error(what) from error
+    if isinstance(found, Problem):
+        raise found.error(what)
+    return found
 
 
-def _look(order: bytes) -> Any:
+def _result(future: Future[Any], number: int, client: Client, what: str) -> Any:
+    wait_while_able(client, [future])
+    if future.status == "error" and not isinstance(future.exception(), DataError):
+        raise Problem.of_future(number, future, client).error(what)
+    return future.result()
+
+
+def _look(order: bytes, number: int) -> Any:
     look, graph, key = pickle.loads(order)  # noqa: S301 - the client's own
-    return look(dask.get(graph, key))
+    try:
+        part = dask.get(graph, key)
+    except Exception as error:
+        return Problem.of(number, error, this_worker())
+    return look(part)
 
 
 def head_of(value: Any, *, what: str) -> Any:
