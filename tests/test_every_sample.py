@@ -1,4 +1,4 @@
-"""Every sample once per epoch, counted by the module that sees them, on any number of workers."""
+"""Every sample once per epoch, with its own target, counted where they are used."""
 
 from __future__ import annotations
 
@@ -27,19 +27,29 @@ if TYPE_CHECKING:
 EPOCHS = 2
 
 
+class Model(nn.Module):
+    """Gives the rows beside what it makes of them, so that the loss sees both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return torch.cat([self.layer(x), x], dim=1)
+
+
 class Recorder(nn.Module):
-    """Writes down the rows that it is trained on, in a file for each thread."""
+    """A loss that writes down rows and their targets, in a file for each thread."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder = folder
-        self.layer = nn.Linear(1, 1)
 
-    def forward(self, x):
-        if self.training:
-            with (Path(self.folder) / str(threading.get_ident())).open("ab") as file:
-                file.write(x.detach().numpy().tobytes())
-        return self.layer(x)[:, 0]
+    def forward(self, output, target):
+        pairs = torch.stack([output[:, 1], target], dim=1)
+        with (Path(self.folder) / str(threading.get_ident())).open("ab") as file:
+            file.write(pairs.detach().numpy().tobytes())
+        return nn.functional.mse_loss(output[:, 0], target)
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +98,17 @@ layouts = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda c: 
 def test_every_sample_once_per_epoch(
     lengths, known, memory, window, workers, rows, eight, tmp_path_factory
 ):
-    """With 0 workers, in this process."""
+    """With 0 workers, in this process; the target of a row is its number, as the row is."""
     folder = tmp_path_factory.mktemp("seen")
     X, ids = blocks(lengths, known=known)
+    # Made apart from X: nothing but the order of rows holds them together.
+    y = blocks(lengths, known=known)[0][:, 0]
     ranks = max(1, workers)
     result = dask_nn.train(
-        Recorder(str(folder)),
+        Model(),
         X,
-        X[:, 0] * 0,
-        loss=nn.MSELoss(),
+        y,
+        loss=Recorder(str(folder)),
         optimizer=partial(torch.optim.SGD, lr=0.0),
         batch_size=ranks * rows,
         epochs=EPOCHS,
@@ -107,11 +119,11 @@ def test_every_sample_once_per_epoch(
     )
     assert result.run.world_size == ranks
     # What the client tries on a few rows before the start was seen by this thread.
-    seen = Counter[float]()
+    seen = Counter[tuple[float, float]]()
     for path in folder.iterdir():
         if path.name != str(threading.get_ident()):
-            seen.update(np.fromfile(path, dtype="f4").tolist())
-    expected = Counter({float(number): EPOCHS for number in ids[:, 0]})
+            seen.update(map(tuple, np.fromfile(path, dtype="f4").reshape(-1, 2).tolist()))
+    expected = Counter({(float(number), float(number)): EPOCHS for number in ids[:, 0]})
     # Every rank proves that it computes the same bits, with a shard's share of the first rows.
-    expected.update({float(number): ranks for number in ids[:rows, 0]})
+    expected.update({(float(number), float(number)): ranks for number in ids[:rows, 0]})
     assert seen == expected
