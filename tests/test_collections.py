@@ -242,9 +242,8 @@ def test_a_partition_that_raises_is_named(form, memory, which, engine, request):
         text += (
             rf"|tcp://\S+ failed .*block {which} could not be computed: RuntimeError: bad sector"
         )
-    with pytest.raises((DataError, RankFailed), match=text) as caught:
+    with pytest.raises((DataError, RankFailed), match=rf"(?s)({text}).*in failing\n"):
         train(*form(which), memory=memory, client=client, **options)
-    assert "in failing\n" in str(caught.value)  # the original traceback
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])

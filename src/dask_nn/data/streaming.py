@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,7 @@ import dask.array as da
 import numpy as np
 from dask._task_spec import Alias, convert_legacy_graph
 from dask.core import flatten
-from dask.delayed import delayed
+from dask.delayed import Delayed, delayed
 from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
@@ -76,8 +77,7 @@ def measure(arrays: Mapping[str, da.Array], client: Client | None) -> int:
         if not np.isnan(array.nbytes):
             total += int(array.nbytes)
             continue
-        # Delayed: a part of an array that is made of a table may be culled wrongly.
-        blocks = array.to_delayed(optimize_graph=False).ravel()
+        blocks = _delayed_blocks(array)
         step = max(1, len(blocks) // SAMPLED_BLOCKS)
         size_of = delayed(np.size, pure=False)
         sampled = {number: size_of(blocks[number]) for number in range(0, len(blocks), step)}
@@ -86,6 +86,19 @@ def measure(arrays: Mapping[str, da.Array], client: Client | None) -> int:
         )
         total += int(np.mean(counts)) * array.dtype.itemsize * len(blocks)
     return total
+
+
+def _delayed_blocks(array: da.Array) -> list[Delayed]:
+    """Give the blocks one by one, with keys of their own.
+
+    The scheduler would confuse their tasks with those of the whole, which is optimized in another
+    way; and a part of an array that is made of a table may be culled wrongly.
+    """
+    graph = convert_legacy_graph(ensure_dict(array.__dask_graph__()))
+    token = uuid.uuid4().hex
+    renamed = {key: f"dask-nn-measure-{token}-{number}" for number, key in enumerate(graph)}
+    own = {renamed[key]: node.substitute(renamed, renamed[key]) for key, node in graph.items()}
+    return [Delayed(renamed[key], own) for key in _keys(array)]
 
 
 def _computed_here(name: str, parts: Mapping[int, Any]) -> Sequence[Any]:
