@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from distributed import get_worker
 
 from dask_nn.data.blocks import Blocks, align
 from dask_nn.data.inputs.read import read_inputs
@@ -245,3 +246,27 @@ def test_a_table_of_unknown_lengths_is_measured(request, where):
     parts = [dask.delayed(frame[start : start + 4]) for start in range(0, 20, 4)]
     table = dd.from_delayed(parts, meta=frame[:0], verify_meta=False)
     assert measure(read_inputs(table, needs_target=False), client) == X.nbytes
+
+
+@pytest.mark.parametrize("moved", ["shuffle", "merge"])
+def test_a_table_whose_rows_move_between_workers_is_measured(moved, client):
+    frame = pd.DataFrame(X, columns=list("abc"))
+    table = dd.from_pandas(frame, npartitions=4)
+    if moved == "shuffle":
+        table = table.shuffle("a", shuffle_method="p2p")
+    else:
+        table = table.merge(table[["a"]], on="a", shuffle_method="p2p", broadcast=False)
+    assert measure(read_inputs(table, needs_target=False), client) > 0
+
+
+def test_what_is_measured_stays_where_it_is_pinned(client):
+    worker = min(client.scheduler_info(n_workers=-1)["workers"])
+
+    def part() -> np.ndarray:
+        assert get_worker().address == worker
+        return X
+
+    with dask.annotate(workers=[worker], allow_other_workers=False):
+        parts = [dask.delayed(part, pure=False)() for _ in range(3)]
+    rows = da.concatenate([da.from_delayed(one, (np.nan, 3), X.dtype) for one in parts])
+    assert measure({"X": rows}, client) == 3 * X.nbytes

@@ -33,9 +33,10 @@ __all__ = ["NNKubeCluster", "delete_what_is_left", "describe", "hopeless"]
 DELETE_TIMEOUT_S = 30
 LOG_TAIL_LINES = 10
 # Of containers that will not start as they are.
-STUCK = {"CreateContainerConfigError", "ErrImageNeverPull", "InvalidImageName"}
-# A registry may be busy for a moment, and a container may fail once.
-PULL_PATIENCE_S = 60
+STUCK = {"ErrImageNeverPull", "InvalidImageName"}
+# A registry may be busy for a moment, a secret not there yet, and a container may fail once.
+STUCK_FOR_LONG = {"CreateContainerConfigError", "ImagePullBackOff"}
+PATIENCE_S = 60
 ENOUGH_RESTARTS = 3
 
 
@@ -178,7 +179,7 @@ def _is_stuck(pod_age_s: float, container: dict[str, Any]) -> bool:
     reason, _ = _state(container)
     return (
         reason in STUCK
-        or (reason == "ImagePullBackOff" and pod_age_s > PULL_PATIENCE_S)
+        or (reason in STUCK_FOR_LONG and pod_age_s > PATIENCE_S)
         or (reason == "CrashLoopBackOff" and container.get("restartCount", 0) >= ENOUGH_RESTARTS)
     )
 

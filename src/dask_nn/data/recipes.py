@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     type Key = Any
     type Array = np.ndarray[Any, Any]
 
-__all__ = ["Literal", "Recipe", "cook", "split_source", "write_recipes"]
+__all__ = ["Literal", "Recipe", "cook", "inseparable", "split_source", "write_recipes"]
 
 # What no more blocks than these need is computed by each of them.
 FEW_BLOCKS = 4
@@ -328,15 +328,21 @@ class _Watch:
 
 def _check_separable(graph: Mapping[Key, GraphNode]) -> None:
     """Refuse graphs whose tasks talk to each other beside the graph."""
+    for key in inseparable(graph):
+        raise DataError(
+            f"{key_split(key)!r} moves rows between all workers at once (P2P), so no block can "
+            "be computed alone, as memory='stream' does: write the result to Zarr or Parquet "
+            "first, use memory='resident', or for a rechunk set "
+            "dask.config.set({'array.rechunk.method': 'tasks'}) where it is made"
+        )
+
+
+def inseparable(graph: Mapping[Key, GraphNode]) -> Iterator[Key]:
+    """Give the tasks that talk to each other beside the graph, by keys that must stay theirs."""
     for key, node in graph.items():
         modules = {type(node).__module__, getattr(getattr(node, "func", None), "__module__", "")}
         if any((module or "").startswith("distributed.shuffle") for module in modules):
-            raise DataError(
-                f"{key_split(key)!r} moves rows between all workers at once (P2P), so no block can "
-                "be computed alone, as memory='stream' does: write the result to Zarr or Parquet "
-                "first, use memory='resident', or for a rechunk set "
-                "dask.config.set({'array.rechunk.method': 'tasks'}) where it is made"
-            )
+            yield key
 
 
 def _check_repeats(recipes: Sequence[Recipe], repeated: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from distributed.client import futures_of
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, find_problem
-from dask_nn.data.recipes import split_source, write_recipes
+from dask_nn.data.recipes import inseparable, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able
 from dask_nn.data.sizes import KEPT_BYTES
 from dask_nn.data.stream import Stream, Surveyor, needed_keys
@@ -94,7 +94,11 @@ def _delayed_blocks(array: da.Array) -> list[Delayed]:
     The scheduler would confuse their tasks with those of the whole, which is optimized in another
     way; and a part of an array that is made of a table may be culled wrongly.
     """
-    graph = convert_legacy_graph(ensure_dict(array.__dask_graph__()))
+    layers: Any = array.__dask_graph__()
+    graph = convert_legacy_graph(ensure_dict(layers))
+    pinned = any(layer.annotations for layer in layers.layers.values())
+    if pinned or any(inseparable(graph)):  # by their keys
+        return list(array.to_delayed(optimize_graph=False).ravel())
     token = uuid.uuid4().hex
     renamed = {key: f"dask-nn-measure-{token}-{number}" for number, key in enumerate(graph)}
     own = {renamed[key]: node.substitute(renamed, renamed[key]) for key, node in graph.items()}
