@@ -36,7 +36,7 @@ def test_a_retired_worker_is_known_also_before_its_event_comes(
 ) -> None:
     """The list of workers and the events come on ways of their own."""
     with (
-        LocalCluster(n_workers=3, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=3, processes=False, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         workers = inspect_workers(client)
