@@ -24,6 +24,8 @@ from dask_nn.clusters.kubernetes_tls import security_in
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from distributed import Security
 
     from dask_nn.clusters.kubernetes_resources import KubernetesOptions
@@ -157,22 +159,25 @@ async def delete_what_is_left(cluster: Any) -> None:
 
 async def describe(cluster: Any) -> str:
     """Say of each pod that is not ready what Kubernetes says of it, and how its log ends."""
-    lines = []
-    for pod in await _pods(cluster):
-        if reasons := _troubles(_status(pod)):
-            lines.append(f"pod {pod.name}: {'; '.join(reasons)}")
-            lines += await _log_end(pod)
-    return "\n".join(lines)
+    return await _told(pod for pod in await _pods(cluster) if _troubles(_status(pod)))
 
 
 async def hopeless(cluster: Any) -> str:
     """Say which pods Kubernetes cannot start, or has tried to often enough."""
+    told = await _told(
+        pod
+        for pod in await _pods(cluster)
+        if any(map(partial(_is_stuck, _age_s(pod)), _containers(_status(pod))))
+    )
+    return told and f"these pods do not start:\n{told}"
+
+
+async def _told(pods: Iterable[Pod]) -> str:
     lines = []
-    for pod in await _pods(cluster):
-        if any(map(partial(_is_stuck, _age_s(pod)), _containers(_status(pod)))):
-            lines.append(f"pod {pod.name}: {'; '.join(_troubles(_status(pod)))}")
-            lines += await _log_end(pod)
-    return "\n".join(["these pods do not start:", *lines]) if lines else ""
+    for pod in pods:
+        lines.append(f"pod {pod.name}: {'; '.join(_troubles(_status(pod)))}")
+        lines += await _log_end(pod)
+    return "\n".join(lines)
 
 
 def _is_stuck(pod_age_s: float, container: dict[str, Any]) -> bool:

@@ -36,9 +36,9 @@ SCHEDULER_PORT = 8786
 LONGEST_NAME = 63 - len("-scheduler")
 # How long a worker looks for its scheduler, and Kubernetes starts it again after that.
 DEATH_TIMEOUT_S = 300
-# Beside those whose values have rules of their own.
 # Of the scheduler's service.
 TAKEN = {"clusterIP", "ports", "selector", "type"}
+# Beside those whose values have rules of their own.
 TYPES = {
     "port_forward": SWITCH,
     "scheduler_pod": MAPPING,
