@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     type Key = Any
     type Array = np.ndarray[Any, Any]
 
-__all__ = ["Literal", "Recipe", "cook", "inseparable", "split_source", "write_recipes"]
+__all__ = ["Literal", "Recipe", "cook", "inseparable", "origin", "split_source", "write_recipes"]
 
 # What no more blocks than these need is computed by each of them.
 FEW_BLOCKS = 4
@@ -201,6 +201,13 @@ def split_source(array: da.Array, rows: int) -> da.Array | None:
     return smaller
 
 
+def origin(key: Key, graph: Mapping[Key, GraphNode]) -> Key:
+    """Give the key that another one stands for."""
+    while isinstance(node := graph.get(key), Alias) and node.target != key:
+        key = node.target
+    return key
+
+
 def _only_source(
     array: da.Array, graph: Mapping[Key, GraphNode]
 ) -> tuple[Any, dict[str, Any]] | None:
@@ -213,15 +220,13 @@ def _only_source(
     how: dict[str, Any] = {}
     keys = flatten(array.__dask_keys__())
     for key, place in zip(keys, slices_from_chunks(array.chunks), strict=True):
-        task = graph.get(key)
-        while isinstance(task, Alias):
-            task = graph.get(task.target)
+        task = graph.get(origin(key, graph))
         if not isinstance(task, Task) or task.func not in _GETTERS or len(task.args) != 2:
             return None
-        origin, index = task.args
+        read_from, index = task.args
         if getattr(index, "value", index) != place:
             return None
-        found.add(getattr(origin, "key", None))
+        found.add(getattr(read_from, "key", None))
         if len(found) > 1:
             return None
         how = dict(task.kwargs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
-from dask._task_spec import Alias, convert_legacy_graph
+from dask._task_spec import convert_legacy_graph
 from dask.core import flatten
 from dask.delayed import Delayed, delayed
 from dask.utils import ensure_dict, format_bytes
@@ -18,7 +18,7 @@ from distributed.client import futures_of
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, find_problem
-from dask_nn.data.recipes import inseparable, split_source, write_recipes
+from dask_nn.data.recipes import inseparable, origin, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able
 from dask_nn.data.sizes import KEPT_BYTES
 from dask_nn.data.stream import Stream, Surveyor, needed_keys
@@ -47,17 +47,10 @@ def is_persisted(array: da.Array, client: Client | None) -> bool:
         if not held or held.issuperset(_keys(array)):
             return bool(held)
         graph = convert_legacy_graph(ensure_dict(array.__dask_graph__()))
-        return held.issuperset(_origin(key, graph) for key in _keys(array))
+        return held.issuperset(origin(key, graph) for key in _keys(array))
     layer = array.dask.layers.get(array.name, {})
     values = (getattr(layer.get(key), "value", layer.get(key)) for key in _keys(array))
     return all(isinstance(value, np.ndarray) for value in values)
-
-
-def _origin(key: Any, graph: Mapping[Any, Any]) -> Any:
-    """Give the key that another one stands for."""
-    while isinstance(node := graph.get(key), Alias) and node.target != key:
-        key = node.target
-    return key
 
 
 def _keys(array: da.Array) -> list[Any]:
