@@ -18,12 +18,14 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 import dask_nn
+from dask_nn.controller import rank_handles
 from dask_nn.errors import CheckpointError, ConfigurationError, TrainingInterrupted, WorkerLost
 from dask_nn.testing.faults import Fault, install
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 STEPS_PER_EPOCH = 30
+EPOCHS = 3
 
 
 class StopAt(dask_nn.Callback):
@@ -86,6 +88,33 @@ def test_a_finished_run_goes_on_with_more_epochs(job, same_bits, tmp_path):
     job.train(None, checkpoint=tmp_path / "run")
     result = job.train(None, epochs=5, checkpoint=tmp_path / "run", resume=True)
     same_bits(result, longer)
+
+
+def leave_unless_first() -> None:
+    """Tell the ranks of this worker to leave, but never the one that saves."""
+    for handles in rank_handles._handles.values():
+        for handle in handles:
+            if handle.rank:
+                handle.obey("leave")
+
+
+def test_what_is_reached_is_saved_whoever_is_told_to_leave(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+):
+    """The rank that saves may hear last that a job ends or a client is gone, and then too late."""
+    client = make_cluster(2)
+    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    install(client, [pause], tmp_path)
+
+    class Leave(dask_nn.Callback):
+        def on_event(self, event: Any) -> None:
+            if event.name == "first-step":
+                client.run(leave_unless_first)
+
+    saved = dask_nn.Checkpoint(tmp_path / "run", every=1_000_000)
+    same_bits(job.train(client, checkpoint=saved, callbacks=[heard, Leave()]), undisturbed)
+    first, *_ = (event.details["steps"] for event in heard.named("checkpoint"))
+    assert 0 < first < EPOCHS * STEPS_PER_EPOCH
 
 
 def test_all_workers_at_once_go_on_from_the_last_checkpoint(

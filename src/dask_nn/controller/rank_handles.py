@@ -31,7 +31,6 @@ class RankHandle:
     save: threading.Event = field(default_factory=threading.Event)
     save_soon: threading.Event = field(default_factory=threading.Event)
     wait: threading.Event = field(default_factory=threading.Event)
-    unwanted: threading.Event = field(default_factory=threading.Event)
     address: str = ""
 
     def obey(self, order: str) -> None:
@@ -44,9 +43,6 @@ class RankHandle:
             case "leave":
                 self.save.set()
                 self.stop.set()
-            case "orphan":
-                self.unwanted.set()
-                self.obey("leave")
             case "finish":
                 self.wait.set()
                 self.obey("leave")
@@ -90,8 +86,8 @@ def signal_ranks(run_id: str, generation: int, order: str) -> int:
         The gang.
     order : str
         ``"stop"`` at the next step boundary; ``"leave"``, which saves what is reached besides;
-        ``"finish"``, which waits until it is written, too; ``"orphan"``, which leaves nothing to
-        a next gang; ``"save"`` and go on; ``"abort"`` at once.
+        ``"finish"``, which waits until it is written, too; ``"save"`` and go on; ``"abort"`` at
+        once.
     """
     with _handles_lock:
         handles = list(_handles.get((run_id, generation), ()))

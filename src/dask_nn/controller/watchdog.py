@@ -48,8 +48,8 @@ class Watchdog:
     tell : callable
         Sends a message of a kind, with details, to the client.
     obey : callable
-        Given the order ``"leave"`` when the rank's worker is about to close, and ``"orphan"`` when
-        nobody wants the rank any more.
+        Given the order ``"leave"`` when the rank's worker is about to close, or nobody wants the
+        rank any more.
     fetch : FetchWait
         Whose blocks the rank waits for.
     ends_at : float or None
@@ -90,6 +90,11 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
+    def is_wanted(self) -> bool:
+        """Tell whether the scheduler still wants this task: its client lives and waits for it."""
+        task = self._worker.state.tasks.get(self._key)
+        return task is not None and task.state in WANTED
+
     def _run(self) -> None:
         while True:
             try:
@@ -127,16 +132,11 @@ class Watchdog:
         if status is Status.closed:
             self._comm.abort()
             return
-        if self._orphaned_at is None and not self._is_wanted():
+        if self._orphaned_at is None and not self.is_wanted():
             self._orphaned_at = now
-            self._obey("orphan")
+            self._obey("leave")
         if self._orphaned_at is not None and now - self._orphaned_at > ORPHAN_S:
             self._comm.abort()
         if self._ends_at is not None and time.time() >= self._ends_at:
             self._ends_at = None
             self._tell("walltime", {})
-
-    def _is_wanted(self) -> bool:
-        """Tell whether the scheduler still wants this task: its client lives and waits for it."""
-        task = self._worker.state.tasks.get(self._key)
-        return task is not None and task.state in WANTED

@@ -267,7 +267,7 @@ def _run_rank(
         tell("progress", asdict(progress))
 
     def keep(keepsake: Keepsake) -> None:
-        if not handle.unwanted.is_set():
+        if watchdog.is_wanted():  # otherwise no gang will come and ask for it
             keeping.keep(worker.address, seat.run_id, seat.generation, keepsake)
 
     def read(

@@ -21,15 +21,16 @@ __all__ = ["LeafLayout", "LeafViews"]
 # Every part begins on a cache line, so that views are aligned like tensors of their own.
 ALIGNMENT = 16
 # Scalars at the end of a leaf, followed by one "was used" mark for each parameter.
-LOSS, NORMALIZER, STOP, FIRST_MARK = range(4)
+LOSS, NORMALIZER, STOP, SAVE, FIRST_MARK = range(5)
 
 
 class LeafViews(NamedTuple):
     """The parts of one leaf, as views of it.
 
     ``gradients`` have the shapes of the trained parameters, ``buffers`` those of the averaged
-    module buffers, and ``tail`` holds loss sum, normaliser, stop votes and the marks; ``scalars``
-    is the tail as a NumPy array where the leaf is in the host's memory, much faster to access.
+    module buffers, and ``tail`` holds loss sum, normaliser, votes to stop and to save, and the
+    marks; ``scalars`` is the tail as a NumPy array where the leaf is in the host's memory, much
+    faster to access.
     """
 
     flat: torch.Tensor

@@ -16,7 +16,7 @@ from dask_nn.events import Progress
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.fold import LocalFold
-from dask_nn.training.layout import STOP, LeafLayout, LeafViews
+from dask_nn.training.layout import SAVE, STOP, LeafLayout, LeafViews
 from dask_nn.training.snapshot import Keepsake, Snapshot
 from dask_nn.training.step import ShardStep
 from dask_nn.training.update import StepTotal, Update, is_finite
@@ -68,6 +68,8 @@ class TrainingLoop:
         Run after every epoch.
     stop_event : threading.Event
         Makes this rank vote to stop at the next step boundary.
+    save_event : threading.Event
+        Makes that a vote to save what is reached, too; set where a peer votes so.
     device : torch.device
         Where the model is.
     on_progress : callable, optional
@@ -97,6 +99,7 @@ class TrainingLoop:
         dtypes: tuple[torch.dtype, ...],
         validation: Validation | None,
         stop_event: threading.Event,
+        save_event: threading.Event,
         device: torch.device,
         on_progress: Callable[[Progress], None] | None = None,
         on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -110,6 +113,7 @@ class TrainingLoop:
         self._comm = comm
         self._validation = validation
         self._stop_event = stop_event
+        self._save_event = save_event
         self._on_progress = on_progress
         self._on_epoch = on_epoch
         self._place = partial(_place, comm, state)
@@ -286,6 +290,8 @@ class TrainingLoop:
                 reported = now
                 self._report(now)
             stop = total.stop
+            if total.save:  # the peer that asks for it may be the only one that knows why
+                self._save_event.set()
             if stop and state.step < plan.num_steps:
                 return False
             if self._checkpointer is not None and state.step < plan.num_steps:
@@ -358,6 +364,7 @@ class TrainingLoop:
             self._pending.append((self._metrics[shard], *output))
         if self._stop_event.is_set():
             views.tail[STOP] = 1.0
+            views.tail[SAVE] = float(self._save_event.is_set())
 
     def _prepare_next_batch(self) -> None:
         """Gather the first shard's next batch while the peers finish their step."""

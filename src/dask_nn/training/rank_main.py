@@ -70,7 +70,7 @@ class RankEnvironment:
     stop_event : threading.Event
         Asks this rank to stop at a step boundary.
     save_event : threading.Event
-        Makes a rank that was asked to stop save a checkpoint of what is reached.
+        Makes the gang of a rank that was asked to stop save a checkpoint of what is reached.
     save_soon : threading.Event
         Makes rank 0 save a checkpoint at the next step boundary and go on.
     wait_event : threading.Event
@@ -267,6 +267,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         dtypes=dtypes,
         validation=validation,
         stop_event=env.stop_event,
+        save_event=env.save_event,
         device=device,
         on_progress=env.on_progress if first else None,
         on_epoch=env.on_epoch if first else None,

@@ -217,11 +217,12 @@ class ShardStep:
                     view.zero_()
                 else:
                     view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        head = (total, normalizer, 0.0, 0.0)  # nobody votes yet
         if views.scalars is not None:
-            views.scalars[:FIRST_MARK] = (total, normalizer, 0.0)
+            views.scalars[:FIRST_MARK] = head
             views.scalars[FIRST_MARK:] = used
         else:
-            scalars = [total, normalizer, 0.0, *map(float, used)]
+            scalars = [*head, *map(float, used)]
             views.tail.copy_(torch.tensor(scalars, dtype=views.tail.dtype))
         if self._base:
             self._write_buffer_changes(views, count)
