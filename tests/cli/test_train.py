@@ -207,6 +207,17 @@ def test_workers_with_gpus_train_on_them(folder, table, key, device):
     assert options_of(read_job(folder / "job.toml"))["device"] == device
 
 
+def test_gpus_are_refused_where_the_engine_has_no_use_for_them(folder):
+    text = (folder / "resident.toml").read_text()
+    text = text.replace("[training]", '[training]\nengine = "graph"')
+    slurm = '[cluster]\nkind = "slurm"\ncores = 1\nmemory = "1 GB"\ngpus = 1'
+    (folder / "job.toml").write_text(text.replace("[cluster]", slurm))
+    result = run("train", folder / "job.toml")
+    assert result.exit_code == 2
+    assert "computes on the CPU alone" in result.output
+    assert "dask-nn on" not in result.output, "a cluster was started for it"
+
+
 def test_a_device_that_no_worker_has_is_said(folder):
     text = (folder / "resident.toml").read_text()
     (folder / "job.toml").write_text(text.replace("[training]", '[training]\ndevice = "cuda"'))

@@ -121,7 +121,7 @@ def test_local_workers_see_one_gpu_each_of_those_that_this_process_may_use(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     with dask_nn.cluster(gpus=1, preload=(), dashboard_address=":0") as client:
         assert sorted(cards_of(client, 2)) == ["4", "5"]
-        with pytest.raises(ConfigurationError, match="3 workers with a GPU each"):
+        with pytest.raises(ConfigurationError, match="workers=3 with a GPU each"):
             client.cluster.scale(3)
         client.cluster.scale(1)
         assert len(cards_of(client, 1)) == 1

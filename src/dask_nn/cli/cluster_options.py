@@ -94,9 +94,9 @@ class ClusterChoice:
         )
 
 
-def default_device(gpus: Any, engine: Any) -> str:
+def default_device(gpus: Any) -> str:
     """Give the device of a training of which nothing is said: the GPUs that were asked for."""
-    return "cuda" if gpus and engine != "graph" else "cpu"
+    return "cuda" if gpus else "cpu"
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:

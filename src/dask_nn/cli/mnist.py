@@ -164,7 +164,7 @@ def mnist(
         hidden_size=hidden,
         shards=shards,
         engine=engine,
-        device=device or default_device(cluster["gpus"], engine),
+        device=device or default_device(cluster["gpus"]),
         seed=seed,
     )
     console = Console(highlight=False, soft_wrap=True)

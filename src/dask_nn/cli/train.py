@@ -121,7 +121,7 @@ def _options(job: JobFile) -> dict[str, Any]:
         key: training.pop(key) for key in ("shards", "threads_per_rank") if key in training
     }
     scheduler, every = job.make_schedule()
-    device = default_device(job.cluster.get("gpus"), training.get("engine"))
+    device = default_device(job.cluster.get("gpus"))
     options = {"device": device} | training
     options |= {
         "loss": job.make_loss(),

@@ -44,8 +44,8 @@ def check_cards(workers: int, cards: list[str]) -> None:
     """
     if workers > len(cards):
         raise ConfigurationError(
-            f"{workers} workers with a GPU each need as many GPUs, and this process may use "
-            f"{len(cards)} ({VISIBLE}={','.join(cards)}); ask for fewer workers"
+            f"workers={workers} with a GPU each need {workers} of them, and this process may use "
+            f"{len(cards)} ({VISIBLE}={','.join(cards)})"
         )
 
 

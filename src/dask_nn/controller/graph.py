@@ -7,7 +7,6 @@ updates return, so the scheduler sees, places and retries every piece of work by
 from __future__ import annotations
 
 import contextlib
-import pickle
 import queue
 import time
 import traceback
@@ -16,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 import torch
 from distributed import KilledWorker
 from distributed.client import FutureCancelledError
@@ -28,9 +26,8 @@ from dask_nn.controller.cluster import (
     scheduler_address,
     scheduler_lost,
 )
-from dask_nn.controller.graph_canary import compare_bits
 from dask_nn.controller.graph_healing import Healing
-from dask_nn.controller.graph_steps import BlockTasks, StepTasks
+from dask_nn.controller.graph_progress import GraphProgress
 from dask_nn.controller.graph_waits import TaskWaits
 from dask_nn.controller.graph_watch import WorkerWatch
 from dask_nn.controller.leases import Leases
@@ -43,14 +40,12 @@ from dask_nn.training.outcome import RankOutcome, RunEnd
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from distributed import Client, Future
+    from distributed import Client
 
-    from dask_nn.controller.block_fetch import BlockSource
     from dask_nn.controller.failure_policy import Recovery
     from dask_nn.controller.listening import Listener
     from dask_nn.controller.placement import Seating
     from dask_nn.controller.worker_side import RankPayload
-    from dask_nn.data.plan import Plan
     from dask_nn.training.outcome import Status
     from dask_nn.training.snapshot import Snapshot
 
@@ -145,8 +140,6 @@ class _GraphRun:
         restore_blocks: Callable[[], None],
     ) -> None:
         self._spec = payload.spec
-        self._data = payload.data
-        self._validation = payload.validation
         self._client = client
         self._listener = listener
         self._seating = seating
@@ -154,13 +147,7 @@ class _GraphRun:
         self._run_id = uuid.uuid4().hex[:12]
         self._leases = Leases(client, self._run_id)
         self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._pickled = cloudpickle.dumps(payload.spec, protocol=pickle.HIGHEST_PROTOCOL)
         self._history: list[dict[str, float]] = []
-        self._payload: Future[Any]
-        self._steps: StepTasks
-        self._latest: Snapshot | None = payload.start
-        self._state: Future[Any]
-        self._sent = False
         self._restore_blocks = restore_blocks
         self._healing = Healing(client, recovery, listener)
         self._watch = WorkerWatch(
@@ -173,6 +160,9 @@ class _GraphRun:
             on_loss=self._healing.note,
         )
         self._waits = TaskWaits(client, self._watch)
+        self._progress = GraphProgress(
+            payload, client=client, waits=self._waits, run_id=self._run_id
+        )
         self._checkpointer = None
         if payload.checkpoint is not None:
             self._checkpointer = Checkpointer(
@@ -215,50 +205,16 @@ class _GraphRun:
     def _tell(self, name: str, details: dict[str, Any]) -> None:
         self._told.put(Event(name=name, time_s=time.time(), details=details))
 
-    def _send(self) -> None:
-        """Put on the cluster what only the client has."""
-        failures = self._healing.failures
-        self._payload = self._waits.send(self._pickled)
-        self._steps = StepTasks(
-            self._client,
-            self._spec,
-            payload=self._payload,
-            data=self._data,
-            run_id=self._run_id,
-            # A second attempt must not meet the tasks of the first.
-            suffix=f"-{failures}" if failures else "",
-        )
-        if self._latest is not None:
-            self._state = self._waits.send(self._latest)
-        self._sent = True
-
     def _begin(self) -> Snapshot:
-        """Compare what the workers compute, and give the state before the first step."""
-        first = self._latest
-        if first is None:
-            future = self._client.submit(
-                tasks.first_snapshot, self._payload, self._run_id, pure=False
-            )
-            first = self._waits.value(future, step=0)
-        present = set(self._watch.present)
-        canary, same = compare_bits(
-            self._client,
-            self._waits,
-            [worker.address for worker in self._seating.workers if worker.address in present],
-            payload=self._payload,
-            run_id=self._run_id,
-            spec=self._spec,
-            saved=first.canary,
-            is_present=lambda address: address in self._watch.present,
+        """Give the state before the first step."""
+        return self._progress.begin(
+            [worker.address for worker in self._seating.workers],
+            lambda address: address in self._watch.present,
         )
-        begun = replace(first, canary=canary, bitwise=first.bitwise and same)
-        self._state = self._waits.send(begun)
-        return begun
 
     def train(self) -> RankOutcome:
         """Go through the epochs; Ctrl-C ends them with the last snapshot that is known."""
         begun = self._persist(self._begin)
-        self._latest = begun
         self._history = list(begun.history)
         self._listener.on_start()
         epoch_start = begun
@@ -269,7 +225,7 @@ class _GraphRun:
         interrupted = False
         try:
             for epoch in range(begun.epoch, self._spec.epochs):
-                epoch_start = self.latest
+                epoch_start = self._progress.latest
                 record = self._run_epoch(epoch)
                 if record is None:
                     break
@@ -282,7 +238,7 @@ class _GraphRun:
         except KeyboardInterrupt:
             interrupted = self._waits.interrupted = True
         self._cut_short = interrupted or self.interrupted
-        snapshot = self.latest
+        snapshot = self._progress.latest
         if snapshot.non_finite:
             status = "non_finite"
         finite = all(
@@ -306,24 +262,18 @@ class _GraphRun:
         )
 
     @property
-    def latest(self) -> Snapshot:
-        """The newest state that the client has."""
-        assert self._latest is not None  # noqa: S101  (since the run has begun)
-        return self._latest
-
-    @property
     def steps(self) -> int:
         """Steps completed over the whole run."""
-        return self.latest.steps
+        return self._progress.steps
 
     @property
     def epoch(self) -> int:
         """Epochs completed over the whole run."""
-        return self.latest.epoch
+        return self._progress.latest.epoch
 
     def snapshot(self) -> Snapshot:
         """Give the latest state with the records of the finished epochs."""
-        return replace(self.latest, history=tuple(self._history))
+        return replace(self._progress.latest, history=tuple(self._history))
 
     def _close(self) -> None:
         """Save what is reached, and let the workers forget the run."""
@@ -357,16 +307,17 @@ class _GraphRun:
     def _run_epoch(self, epoch: int) -> dict[str, float] | None:
         """Run one epoch from the latest snapshot; None if it was ended early."""
         plan = self._spec.plan(epoch)
-        started = time.perf_counter() - self.latest.seconds
+        snapshot = self._progress.latest
+        started = time.perf_counter() - snapshot.seconds
         partials: list[list[Any]] = [[] for _ in range(self._spec.shards)]
-        samples = self.latest.samples
-        for first in range(self.latest.step, plan.num_steps, GROUP_STEPS):
+        samples = snapshot.samples
+        for first in range(snapshot.step, plan.num_steps, GROUP_STEPS):
             steps = range(first, min(first + GROUP_STEPS, plan.num_steps))
-            found = self._persist(partial(self._run_group, plan, epoch, steps))
+            found = self._persist(partial(self._progress.run_group, plan, epoch, steps))
             for shard, part in enumerate(found):
                 partials[shard].append(part)
             samples += sum(plan.step_count(t) for t in steps)
-            snapshot = self.latest
+            snapshot = self._progress.latest
             if snapshot.non_finite or (self.interrupted and steps.stop < plan.num_steps):
                 return None
             self._listener.on_progress(
@@ -382,26 +333,11 @@ class _GraphRun:
                 self._checkpointer.after_step(self)
             self._pass_on()
         seconds = time.perf_counter() - started
-        record = {"epoch": float(epoch), "loss": _mean_loss(self.latest)}
+        record = {"epoch": float(epoch), "loss": _mean_loss(self._progress.latest)}
         record |= self._metrics(partials) | self._validation_metrics()
         record |= {"samples_per_s": plan.num_samples / seconds, "seconds": seconds}
-        self._persist(partial(self._end_epoch, record.get("val_loss", record["loss"])))
+        self._persist(partial(self._progress.end_epoch, record.get("val_loss", record["loss"])))
         return record
-
-    def _run_group(self, plan: Plan, epoch: int, steps: range) -> list[Any]:
-        """Run some steps from the latest snapshot; give each shard's metrics."""
-        state, found = self._steps.submit(plan, epoch, steps, self._state)
-        snapshot, *partials = self._waits.values([state, *found], step=self.latest.steps)
-        self._steps.drop_before(steps.stop)
-        self._state, self._latest = state, snapshot
-        return partials
-
-    def _end_epoch(self, monitored: float) -> None:
-        state = self._client.submit(
-            tasks.end_epoch, self._payload, self._run_id, self._state, monitored, pure=False
-        )
-        self._latest = self._waits.value(state, step=self.latest.steps)
-        self._state = state
 
     def _persist[T](self, work: Callable[[], T]) -> T:
         """Do some work of tasks; where Dask itself cannot heal it, again from the last snapshot.
@@ -409,18 +345,19 @@ class _GraphRun:
         The scheduler computes again what a lost worker had computed. It gives up where data was
         lost that was sent, not computed, or where a task was on too many workers that died.
         """
-        self._healing.steps = 0 if self._latest is None else self._latest.steps
+        progress = self._progress
+        self._healing.steps = progress.steps
         while True:
             try:
-                if not self._sent:
+                if not progress.is_sent:
                     if self._healing.failures:
                         self._waits.apart(self._restore_blocks)
-                    self._send()
+                    progress.send(self._healing.failures)
                 found = work()
             except BROKEN as error:
                 if self._client.status != "running":
                     raise scheduler_lost(self._client) from error
-                self._sent = False
+                progress.is_sent = False
                 self._healing.count(error)
                 self._healing.wait_until_able(self._watch)
             else:
@@ -434,28 +371,9 @@ class _GraphRun:
         return compute(self._spec.metrics, merged)
 
     def _validation_metrics(self) -> dict[str, float]:
-        if self._validation is None:
-            return {}
-        merged = merge_named(self._persist(partial(self._validate, self._validation)))
-        return {f"val_{name}": value for name, value in compute(self._spec.metrics, merged).items()}
-
-    def _validate(self, data: BlockSource) -> list[Any]:
-        """Give the partial metrics of every block of the validation data."""
-        futures = [
-            self._client.submit(
-                tasks.validate_block,
-                self._payload,
-                self._run_id,
-                self._state,
-                number,
-                block,
-                pure=False,
-            )
-            for number, block in enumerate(
-                BlockTasks(self._client, data, self._run_id).all(self.steps)
-            )
-        ]
-        return self._waits.values(futures, step=self.steps)
+        parts = self._persist(self._progress.validate)
+        found = compute(self._spec.metrics, merge_named(parts)) if parts else {}
+        return {f"val_{name}": value for name, value in found.items()}
 
 
 def _mean_loss(snapshot: Snapshot) -> float:

@@ -93,7 +93,10 @@ class Options:
             message = "resume=True needs checkpoint=, the path or URL of the checkpoints"
             raise ConfigurationError(message)
         if self.engine == "graph" and self.device != "cpu":
-            message = "engine='graph' computes on the CPU; use engine='spmd' with device='cuda'"
+            message = (
+                "engine='graph' computes on the CPU alone; use engine='spmd' for GPUs, or "
+                "device='cpu'"
+            )
             raise ConfigurationError(message)
         self._check_callables()
         self._check_divisible()

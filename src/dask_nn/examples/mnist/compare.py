@@ -196,7 +196,7 @@ def check(job: Job, num_samples: int) -> None:
         )
         raise ConfigurationError(message)
     if job.engine == "graph" and job.device != "cpu":
-        message = f"engine {job.engine!r} computes on the CPU, got device {job.device!r}"
+        message = "--engine graph computes on the CPU alone; use --engine spmd, or --device cpu"
         raise ConfigurationError(message)
     Plan(block_lengths=(num_samples,), shards=job.shards or 1, batch_size=job.batch_size)
 
