@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +29,7 @@ from dask_nn.controller.options import Options
 from dask_nn.controller.preparation import PreparedRun, prepare
 from dask_nn.data.reader import MemoryReader
 from dask_nn.errors import Aborted
+from dask_nn.training.orders import Orders
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 if TYPE_CHECKING:
@@ -308,9 +308,9 @@ def test_a_rank_that_has_not_begun_leaves_what_it_started_from():
         )
         return rank_main(run.spec, env)
 
-    stop = threading.Event()
-    stop.set()
-    assert one_rank(SerialCommunicator(0, 1), stop_event=stop).status == "stopped"
+    orders = Orders()
+    orders.stop.set()
+    assert one_rank(SerialCommunicator(0, 1), orders=orders).status == "stopped"
     outcome = one_rank(NobodyCame(0, 1))
     assert (outcome.status, outcome.has_state, outcome.steps) == ("aborted", True, 1)
     assert len(kept) == 2

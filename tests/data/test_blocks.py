@@ -190,6 +190,28 @@ def test_bad_inputs_are_data_errors_that_name_the_input(request, name, where):
         aligned(client, **inputs)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_blocks_that_were_computed_are_not_computed_again_to_find_the_one_that_fails(streamed):
+    computed = []
+
+    def block(number):
+        computed.append(number)
+        if number == computed[:3][-1] and len(computed) > 2:  # the third one that is tried
+            message = "bad sector"
+            raise OSError(message)
+        return X[:2]
+
+    parts = [dask.delayed(block, pure=False)(number) for number in range(6)]
+    rows = np.nan if streamed else 2
+    lazy = da.concatenate([da.from_delayed(part, (rows, 3), dtype=X.dtype) for part in parts])
+    with (
+        dask.config.set(scheduler="synchronous"),
+        pytest.raises(DataError, match=r"block \d of X could not be computed: OSError: bad sector"),
+    ):
+        measure({"X": lazy}, None) if streamed else aligned(X=lazy, y=Y[:12])
+    assert computed == [*dict.fromkeys(computed[:3]), computed[2]]
+
+
 @pytest.mark.parametrize("where", ["this process", "cluster"])
 def test_a_block_that_is_not_what_its_array_says_is_found(request, where):
     client = request.getfixturevalue("threads_client") if where == "cluster" else None

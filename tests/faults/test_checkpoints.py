@@ -20,12 +20,13 @@ from torch.optim.lr_scheduler import StepLR
 import dask_nn
 from dask_nn.controller import rank_handles
 from dask_nn.errors import CheckpointError, ConfigurationError, TrainingInterrupted, WorkerLost
-from dask_nn.testing.faults import Fault, install
+from dask_nn.testing.faults import Fault, clear_faults, install
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 STEPS_PER_EPOCH = 30
 EPOCHS = 3
+NEXT_GANG = ("resized", "recovered")
 
 
 class StopAt(dask_nn.Callback):
@@ -90,31 +91,38 @@ def test_a_finished_run_goes_on_with_more_epochs(job, same_bits, tmp_path):
     same_bits(result, longer)
 
 
-def leave_unless_first() -> None:
-    """Tell the ranks of this worker to leave, but never the one that saves."""
+def tell_unless_first(order: str) -> None:
+    """Give the ranks of this worker an order, but never the one that saves."""
     for handles in rank_handles._handles.values():
         for handle in handles:
             if handle.rank:
-                handle.obey("leave")
+                handle.obey(order)
 
 
+@pytest.mark.parametrize(("order", "disk_s"), [("leave", 0.0), ("finish", 0.5)])
 def test_what_is_reached_is_saved_whoever_is_told_to_leave(
-    job, undisturbed, make_cluster, same_bits, heard, tmp_path
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, order, disk_s
 ):
     """The rank that saves may hear last that a job ends or a client is gone, and then too late."""
     client = make_cluster(2)
-    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
-    install(client, [pause], tmp_path)
+    long_enough = Fault(point="applied", action="sleep", seconds=0.2, every_time=True)
+    slow_disk = Fault(point="writing a checkpoint", action="sleep", seconds=disk_s)
+    install(client, [long_enough, slow_disk], tmp_path)
 
     class Leave(dask_nn.Callback):
         def on_event(self, event: Any) -> None:
             if event.name == "first-step":
-                client.run(leave_unless_first)
+                client.run(tell_unless_first, order)
+            elif event.name in {"checkpoint", *NEXT_GANG}:
+                clear_faults(client, ledger=False)
 
     saved = dask_nn.Checkpoint(tmp_path / "run", every=1_000_000)
     same_bits(job.train(client, checkpoint=saved, callbacks=[heard, Leave()]), undisturbed)
     first, *_ = (event.details["steps"] for event in heard.named("checkpoint"))
     assert 0 < first < EPOCHS * STEPS_PER_EPOCH
+    if order == "finish":  # which waits for the disk; after the other a gang may be there before
+        names = [event.name for event in heard.events]
+        assert names.index("checkpoint") < min(names.index(n) for n in NEXT_GANG if n in names)
 
 
 def test_all_workers_at_once_go_on_from_the_last_checkpoint(

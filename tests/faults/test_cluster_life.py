@@ -393,6 +393,7 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bi
     while not list(folder.glob("epoch-*/manifest.json")):  # written by a thread that they left
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert not any(client.run(states_kept).values()), "a state that nobody will ask for"
     (saved,) = folder.glob("epoch-*")
     steps = int(saved.name.rsplit("-", 1)[1])
     order = job.order(steps // 30 + 1)
@@ -402,7 +403,6 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bi
     epochs = resumed_epochs(folder)
     resumed = job.train(None, epochs=epochs, checkpoint=folder, resume=True)
     same_bits(resumed, job.train(None, epochs=epochs))
-    assert not any(client.run(states_kept).values()), "a state that nobody will ask for"
     same_bits(job.train(client), undisturbed)
 
 

@@ -12,7 +12,8 @@ from torch.optim import SGD
 
 import dask_nn
 from dask_nn.errors import IncompatibleWorkers, TrainingInterrupted
-from dask_nn.training import rank_main
+from dask_nn.training import canary, rank_main
+from dask_nn.training.layout import STOP, LeafLayout
 from dask_nn.training.loop import TrainingLoop
 
 ROWS = 96
@@ -53,6 +54,25 @@ def test_a_saved_run_goes_on_where_the_same_bits_are_computed(tmp_path):
     result = train(tmp_path / "run", resume=True, epochs=4, init=7)
     assert result.weights_sha256 == whole.weights_sha256
     assert result.bitwise
+
+
+def test_fingerprints_that_were_made_in_another_way_are_not_compared(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(canary, "METHOD", b"0")
+        before.setattr(rank_main, "fingerprint", lambda *_, **__: b"other".ljust(32))
+        train(tmp_path / "run", epochs=1)
+    assert train(tmp_path / "run", resume=True).bitwise
+
+
+def test_votes_and_marks_are_no_part_of_what_is_compared():
+    layout = LeafLayout(nn.Linear(5, 3))
+    views = layout.views(torch.zeros(layout.size))
+    views.tail[STOP:] = 1.0
+    assert not views.flat[: layout.num_result_elements].any()
+    views.tail[:STOP] = 1.0
+    for gradient in views.gradients:
+        gradient.fill_(1.0)
+    assert views.flat[: layout.num_result_elements].sum() == 5 * 3 + 3 + STOP
 
 
 def test_a_processor_that_computes_other_bits_is_refused_at_resume(tmp_path, other_processor):

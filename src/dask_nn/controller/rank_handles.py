@@ -12,6 +12,7 @@ from distributed import Worker, WorkerPlugin
 
 from dask_nn.checkpoints.background import wait_for_all
 from dask_nn.errors import Aborted
+from dask_nn.training.orders import Orders
 
 __all__ = ["RankHandle", "register", "say_farewell", "signal_ranks", "unregister"]
 
@@ -26,12 +27,9 @@ class RankHandle:
     """The switches of one running rank."""
 
     rank: int
-    abort: threading.Event
-    stop: threading.Event
-    save: threading.Event = field(default_factory=threading.Event)
-    save_soon: threading.Event = field(default_factory=threading.Event)
-    wait: threading.Event = field(default_factory=threading.Event)
     address: str = ""
+    abort: threading.Event = field(default_factory=threading.Event)
+    orders: Orders = field(default_factory=Orders)
 
     def obey(self, order: str) -> None:
         """Do as a signal or the rank's own watchman says; see `signal_ranks`."""
@@ -39,15 +37,13 @@ class RankHandle:
             case "abort":
                 self.abort.set()
             case "stop":
-                self.stop.set()
+                self.orders.stop.set()
             case "leave":
-                self.save.set()
-                self.stop.set()
+                self.orders.leave()
             case "finish":
-                self.wait.set()
-                self.obey("leave")
+                self.orders.finish()
             case "save":
-                self.save_soon.set()
+                self.orders.save_soon.set()
 
 
 _handles: dict[tuple[str, int], list[RankHandle]] = defaultdict(list)

@@ -224,7 +224,7 @@ def run_rank(payload: bytes, seat: Seat) -> RankOutcome:
     key = str(worker.get_current_task())
     # Fetching and preprocessing tasks go on on this worker, and adaptive scaling leaves it alone.
     secede()
-    handle = RankHandle(seat.rank, threading.Event(), threading.Event(), address=seat.address)
+    handle = RankHandle(seat.rank, address=seat.address)
     place = (seat.run_id, seat.generation)
     register(place, handle)
     try:
@@ -309,10 +309,7 @@ def _run_rank(
                     room_bytes=room_bytes(worker),
                     address=worker.address,
                     shared_process=seat.shared_process,
-                    stop_event=handle.stop,
-                    save_event=handle.save,
-                    save_soon=handle.save_soon,
-                    wait_event=handle.wait,
+                    orders=handle.orders,
                     waiting=tell_of_saving,
                     last_save=content.last_save,
                     start=lambda: _start(worker, seat, content, comm),

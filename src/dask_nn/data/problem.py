@@ -7,6 +7,7 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dask.callbacks import Callback
 from distributed import get_worker
 
 from dask_nn.errors import DataError
@@ -14,9 +15,10 @@ from dask_nn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from dask.delayed import Delayed
     from distributed import Client, Future
 
-__all__ = ["Problem", "find_problem", "this_worker"]
+__all__ = ["Problem", "TaskLog", "find_problem", "this_worker"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,45 @@ def this_worker() -> str:
     return ""
 
 
-def find_problem(parts: Iterable[tuple[int, Any]]) -> Problem | None:
-    """Compute numbered collections in this process, one after the other, until one fails."""
-    for number, part in parts:
+class TaskLog(Callback):
+    """What a computation in this process had done when it ended.
+
+    Attributes
+    ----------
+    finished : set
+        Keys of tasks that ended well.
+    begun : set
+        Keys of those that did not end, and of all that depends on them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(finish=self._note)  # type: ignore[no-untyped-call]
+        self.finished: set[Any] = set()
+        self.begun: set[Any] = set()
+
+    def _note(self, graph: Any, state: dict[str, Any], errored: bool) -> None:
+        del graph, errored
+        self.finished = set(state["finished"])
+        reached = list(state["running"])
+        while reached:
+            key = reached.pop()
+            if key not in self.begun:
+                self.begun.add(key)
+                reached += state["dependents"][key]
+
+
+def find_problem(parts: Iterable[tuple[int, Delayed]], log: TaskLog) -> Problem | None:
+    """Compute blocks of something that has failed in this process, until one fails again.
+
+    Parameters
+    ----------
+    parts : iterable of (int, Delayed)
+        The blocks, with their numbers.
+    log : TaskLog
+        Of the failure: blocks that were computed are left out, those under way come first.
+    """
+    suspects = [(number, part) for number, part in parts if part.key not in log.finished]
+    for number, part in sorted(suspects, key=lambda suspect: suspect[1].key not in log.begun):
         try:
             part.compute()
         except Exception as error:

@@ -15,7 +15,7 @@ from dask.core import flatten
 from distributed.client import futures_of
 
 from dask_nn.data.lengths import check_rows
-from dask_nn.data.problem import Problem, find_problem
+from dask_nn.data.problem import Problem, TaskLog, find_problem
 from dask_nn.data.sending import send, wait_while_able
 from dask_nn.errors import DataError
 
@@ -51,11 +51,12 @@ def persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.
         _wait(client, kept)
         return kept
     try:
-        return dict(zip(arrays, dask.persist(*values), strict=True))
+        with TaskLog() as log:
+            return dict(zip(arrays, dask.persist(*values), strict=True))
     except Exception as error:
         for name, array in arrays.items():
             blocks = array.to_delayed(optimize_graph=False).ravel()
-            if (problem := find_problem(enumerate(blocks))) is not None:
+            if (problem := find_problem(enumerate(blocks), log)) is not None:
                 raise problem.error(name) from error
         message = f"{', '.join(arrays)} could not be computed: {error!r}"
         raise DataError(message) from error

@@ -17,7 +17,7 @@ from distributed.client import futures_of
 
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
-from dask_nn.data.problem import Problem, find_problem
+from dask_nn.data.problem import Problem, TaskLog, find_problem
 from dask_nn.data.recipes import inseparable, origin, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able
 from dask_nn.data.sizes import KEPT_BYTES
@@ -101,9 +101,10 @@ def _delayed_blocks(array: da.Array) -> list[Delayed]:
 def _computed_here(name: str, parts: Mapping[int, Any]) -> Sequence[Any]:
     """Compute numbers that are made of some blocks, in this process."""
     try:
-        found: Sequence[Any] = dask.compute(*parts.values())
+        with TaskLog() as log:
+            found: Sequence[Any] = dask.compute(*parts.values())
     except Exception as error:
-        if (problem := find_problem(parts.items())) is not None:
+        if (problem := find_problem(parts.items(), log)) is not None:
             raise problem.error(name) from error
         message = f"blocks of {name} could not be computed to see how large they are: {error!r}"
         raise DataError(message) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dask_nn.collectives.serial import SerialCommunicator
 from dask_nn.data.reader import BlockReader, MemoryReader, StreamReader
 from dask_nn.errors import Aborted
+from dask_nn.training.orders import Orders
 from dask_nn.training.outcome import RunEnd
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
@@ -58,7 +59,7 @@ def run_in_process(
         validation_reader=None if validation is None else _reader(validation),
         start=lambda: start,
         checkpoint=checkpoint,
-        wait_event=patience.wait_event,
+        orders=patience.orders,
         waiting=patience.check,
         configuration=configuration or {},
         on_start=lambda _: calls.put(on_start),
@@ -100,8 +101,7 @@ def run_in_process(
                 elif interrupted and pressed:
                     raise
                 interrupted = True
-                env.save_event.set()
-                env.stop_event.set()
+                env.orders.leave()
     finally:
         if not outcomes:
             patience.ended.set()
@@ -113,8 +113,8 @@ class _Patience:
     """Whether checkpoints under way are still waited for."""
 
     def __init__(self) -> None:
-        self.wait_event = threading.Event()
-        self.wait_event.set()  # when this process ends, nobody goes on writing
+        self.orders = Orders()
+        self.orders.wait.set()  # when this process ends, nobody goes on writing
         self.ended = threading.Event()
 
     def check(self) -> None:

@@ -21,16 +21,15 @@ __all__ = ["LeafLayout", "LeafViews"]
 # Every part begins on a cache line, so that views are aligned like tensors of their own.
 ALIGNMENT = 16
 # Scalars at the end of a leaf, followed by one "was used" mark for each parameter.
-LOSS, NORMALIZER, STOP, SAVE, FIRST_MARK = range(5)
+LOSS, NORMALIZER, STOP, SAVE, WAIT, FIRST_MARK = range(6)
 
 
 class LeafViews(NamedTuple):
     """The parts of one leaf, as views of it.
 
     ``gradients`` have the shapes of the trained parameters, ``buffers`` those of the averaged
-    module buffers, and ``tail`` holds loss sum, normaliser, votes to stop and to save, and the
-    marks; ``scalars`` is the tail as a NumPy array where the leaf is in the host's memory, much
-    faster to access.
+    module buffers, and ``tail`` holds loss sum, normaliser, three votes and the marks; ``scalars``
+    is the tail as a NumPy array where the leaf is in the host's memory, much faster to access.
     """
 
     flat: torch.Tensor
@@ -102,6 +101,11 @@ class LeafLayout:
     def num_gradient_elements(self) -> int:
         """Elements before the buffers and the tail: gradients and their padding."""
         return self._buffer_at[0][0] if self._buffer_at else self._tail_at
+
+    @property
+    def num_result_elements(self) -> int:
+        """Elements before the votes: all that a batch decides."""
+        return self._tail_at + STOP
 
     @staticmethod
     def _lay(

@@ -16,13 +16,12 @@ from dask_nn.events import Progress
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.fold import LocalFold
-from dask_nn.training.layout import SAVE, STOP, LeafLayout, LeafViews
+from dask_nn.training.layout import FIRST_MARK, STOP, LeafLayout, LeafViews
 from dask_nn.training.snapshot import Keepsake, Snapshot
 from dask_nn.training.step import ShardStep
 from dask_nn.training.update import StepTotal, Update, is_finite
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Sequence
 
     import torch
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from dask_nn.metrics.merge import Partial
     from dask_nn.metrics.objective import Objective
     from dask_nn.training.checkpointing import Checkpointer
+    from dask_nn.training.orders import Orders
     from dask_nn.training.randomness import ShardRandomness
     from dask_nn.training.spec import TrainingSpec
     from dask_nn.training.state import TrainingState
@@ -66,10 +66,8 @@ class TrainingLoop:
         Types of the batches' tensors.
     validation : Validation, optional
         Run after every epoch.
-    stop_event : threading.Event
-        Makes this rank vote to stop at the next step boundary.
-    save_event : threading.Event
-        Makes that a vote to save what is reached, too; set where a peer votes so.
+    orders : Orders
+        What this rank is told; it votes so, and hears how its peers vote.
     device : torch.device
         Where the model is.
     on_progress : callable, optional
@@ -98,8 +96,7 @@ class TrainingLoop:
         reader: BlockReader,
         dtypes: tuple[torch.dtype, ...],
         validation: Validation | None,
-        stop_event: threading.Event,
-        save_event: threading.Event,
+        orders: Orders,
         device: torch.device,
         on_progress: Callable[[Progress], None] | None = None,
         on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -112,8 +109,7 @@ class TrainingLoop:
         self._state = state
         self._comm = comm
         self._validation = validation
-        self._stop_event = stop_event
-        self._save_event = save_event
+        self._orders = orders
         self._on_progress = on_progress
         self._on_epoch = on_epoch
         self._place = partial(_place, comm, state)
@@ -290,8 +286,8 @@ class TrainingLoop:
                 reported = now
                 self._report(now)
             stop = total.stop
-            if total.save:  # the peer that asks for it may be the only one that knows why
-                self._save_event.set()
+            if stop:
+                self._orders.hear(save=total.save, wait=total.wait)
             if stop and state.step < plan.num_steps:
                 return False
             if self._checkpointer is not None and state.step < plan.num_steps:
@@ -362,9 +358,9 @@ class TrainingLoop:
         )
         if output is not None and self._metrics:
             self._pending.append((self._metrics[shard], *output))
-        if self._stop_event.is_set():
-            views.tail[STOP] = 1.0
-            views.tail[SAVE] = float(self._save_event.is_set())
+        if self._orders.stop.is_set():
+            for place, vote in zip(range(STOP, FIRST_MARK), self._orders.votes(), strict=True):
+                views.tail[place] = vote
 
     def _prepare_next_batch(self) -> None:
         """Gather the first shard's next batch while the peers finish their step."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 import traceback
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +29,7 @@ from dask_nn.training.canary import (
 from dask_nn.training.checkpointing import Checkpointer
 from dask_nn.training.layout import LeafLayout
 from dask_nn.training.loop import TrainingLoop
+from dask_nn.training.orders import Orders
 from dask_nn.training.outcome import RankOutcome, Status
 from dask_nn.training.randomness import ShardRandomness, restored_generator
 from dask_nn.training.runtime import rank_runtime
@@ -67,17 +67,10 @@ class RankEnvironment:
         The rank's worker, for messages.
     shared_process : bool
         Whether other ranks or tasks of this process may draw random numbers.
-    stop_event : threading.Event
-        Asks this rank to stop at a step boundary.
-    save_event : threading.Event
-        Makes the gang of a rank that was asked to stop save a checkpoint of what is reached.
-    save_soon : threading.Event
-        Makes rank 0 save a checkpoint at the next step boundary and go on.
-    wait_event : threading.Event
-        Makes a rank 0 that ends before the run does wait for its checkpoints, as one that finishes
-        always does; without it a thread of this process writes them while another gang goes on.
+    orders : Orders
+        What the rank is told while it trains.
     waiting : callable, optional
-        Called now and then during that; raises Aborted to wait no longer.
+        Called now and then while it waits for checkpoints; raises Aborted to wait no longer.
     last_save : LastSave, optional
         What earlier gangs of this run have saved.
     start : callable, optional
@@ -105,10 +98,7 @@ class RankEnvironment:
     validation_reader: BlockReader | None = None
     address: str = "this process"
     shared_process: bool = False
-    stop_event: threading.Event = field(default_factory=threading.Event)
-    save_event: threading.Event = field(default_factory=threading.Event)
-    save_soon: threading.Event = field(default_factory=threading.Event)
-    wait_event: threading.Event = field(default_factory=threading.Event)
+    orders: Orders = field(default_factory=Orders)
     waiting: Callable[[], None] | None = None
     last_save: LastSave | None = None
     start: Callable[[], Snapshot | None] | None = None
@@ -186,11 +176,11 @@ class _Standing:
                 env.keep(keepsake)
             # What it only started from is for the client to save: this rank has no claim yet.
             begun = self.loop is not None
-            if begun and self.checkpointer is not None and env.save_event.is_set():
+            if begun and self.checkpointer is not None and env.orders.save.is_set():
                 self.checkpointer.save(keepsake.snapshot)
         if self.checkpointer is None:
             return
-        if self.over or env.wait_event.is_set():
+        if self.over or env.orders.wait.is_set():
             self.checkpointer.finish(partial(self._wait, env))
 
     def close(self) -> None:
@@ -253,7 +243,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
             env.checkpoint,
             configuration=env.configuration,
             on_event=env.on_event,
-            save_soon=env.save_soon,
+            save_soon=env.orders.save_soon,
             last=env.last_save,
         )
     loop = TrainingLoop(
@@ -266,8 +256,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         reader=env.reader,
         dtypes=dtypes,
         validation=validation,
-        stop_event=env.stop_event,
-        save_event=env.save_event,
+        orders=env.orders,
         device=device,
         on_progress=env.on_progress if first else None,
         on_epoch=env.on_epoch if first else None,

@@ -217,7 +217,7 @@ class ShardStep:
                     view.zero_()
                 else:
                     view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        head = (total, normalizer, 0.0, 0.0)  # nobody votes yet
+        head = (total, normalizer, 0.0, 0.0, 0.0)  # nobody votes yet
         if views.scalars is not None:
             views.scalars[:FIRST_MARK] = head
             views.scalars[FIRST_MARK:] = used

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dask_nn.training.layout import FIRST_MARK, LOSS, NORMALIZER, SAVE, STOP, LeafLayout, LeafViews
+from dask_nn.training.layout import (
+    FIRST_MARK,
+    LOSS,
+    NORMALIZER,
+    SAVE,
+    STOP,
+    WAIT,
+    LeafLayout,
+    LeafViews,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,12 +28,13 @@ __all__ = ["StepTotal", "Update"]
 
 
 class StepTotal(NamedTuple):
-    """The scalars of a whole step: loss sum, normaliser, votes to stop and to save."""
+    """The scalars of a whole step: loss sum, normaliser, votes to stop, to save and to wait."""
 
     loss: float
     normalizer: float
     stop: bool
     save: bool
+    wait: bool
 
     @property
     def mean_loss(self) -> float:
@@ -85,7 +95,8 @@ class Update:
         """Read the scalars of the total, and which parameters it reaches."""
         tail = self._read()
         self._marks = tail[FIRST_MARK:]
-        return StepTotal(tail[LOSS], tail[NORMALIZER], tail[STOP] > 0, tail[SAVE] > 0)
+        stop, save, wait = tail[STOP] > 0, tail[SAVE] > 0, tail[WAIT] > 0
+        return StepTotal(tail[LOSS], tail[NORMALIZER], stop, save, wait)
 
     def apply(self, total: StepTotal, step_count: int) -> None:
         """Update the model.
