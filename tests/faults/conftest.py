@@ -28,7 +28,7 @@ import dask_nn
 from dask_nn.callbacks.base import Callback
 from dask_nn.clusters.local import local_cluster
 from dask_nn.data.plan import Plan
-from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps
+from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps, slow_steps
 from dask_nn.testing.network import Network
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def quick_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def unhurried(quick_resizes: None) -> Fault:
     """Give a pause after every step, so that a replacement is there long before the run ends."""
     forked = dask.config.get("distributed.worker.multiprocessing-method") == "forkserver"
-    return Fault(point="applied", action="sleep", seconds=0.06 if forked else 0.15, every_time=True)
+    return slow_steps(0.06 if forked else 0.15)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 import dask_nn
 from dask_nn.controller import rank_handles
 from dask_nn.errors import CheckpointError, ConfigurationError, TrainingInterrupted, WorkerLost
-from dask_nn.testing.faults import Fault, clear_faults, install
+from dask_nn.testing.faults import Fault, arm, clear_faults, disarm, install, slow_steps
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -77,8 +77,12 @@ def test_the_middle_of_an_epoch(job, undisturbed, same_bits, tmp_path):
                 raise KeyboardInterrupt
 
     saved = dask_nn.Checkpoint(tmp_path / "run", every=8)
-    with pytest.raises(TrainingInterrupted) as caught:
-        job.train(None, checkpoint=saved, callbacks=[Stop()])
+    arm([(slow_steps(0.02), "")])
+    try:
+        with pytest.raises(TrainingInterrupted) as caught:
+            job.train(None, checkpoint=saved, callbacks=[Stop()])
+    finally:
+        disarm()
     assert caught.value.result.steps < 90
     result = job.train(None, checkpoint=saved, resume=True)
     same_bits(result, undisturbed)
@@ -105,9 +109,8 @@ def test_what_is_reached_is_saved_whoever_is_told_to_leave(
 ):
     """The rank that saves may hear last that a job ends or a client is gone, and then too late."""
     client = make_cluster(2)
-    long_enough = Fault(point="applied", action="sleep", seconds=0.2, every_time=True)
     slow_disk = Fault(point="writing a checkpoint", action="sleep", seconds=disk_s)
-    install(client, [long_enough, slow_disk], tmp_path)
+    install(client, [slow_steps(0.2), slow_disk], tmp_path)
 
     class Leave(dask_nn.Callback):
         def on_event(self, event: Any) -> None:
@@ -132,8 +135,7 @@ def test_all_workers_at_once_go_on_from_the_last_checkpoint(
     written = ledger(client)
     folder = tmp_path / "run"
     victims = sorted(client.run(os.getpid).values())
-    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
-    install(client, [pause], tmp_path)
+    install(client, [slow_steps(0.02)], tmp_path)
 
     class Kill(dask_nn.Callback):
         def on_event(self, event: Any) -> None:
@@ -162,8 +164,6 @@ def test_a_disk_that_refuses_costs_a_warning(
     if client is not None:
         install(client, [broken], tmp_path)
     else:
-        from dask_nn.testing.faults import arm, disarm
-
         arm([(broken, str(tmp_path / "mark"))])
     try:
         result = job.train(client, checkpoint=folder, callbacks=[heard])
@@ -179,7 +179,7 @@ def test_a_disk_that_refuses_costs_a_warning(
 
 def test_kill_while_writing(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
     client = make_cluster(2)
-    install(client, [Fault(point="writing a checkpoint", step=60)], tmp_path)
+    install(client, [Fault(point="writing a checkpoint", step=60), slow_steps(0.02)], tmp_path)
     folder = tmp_path / "run"
     result = job.train(client, checkpoint=folder, callbacks=[heard])
     same_bits(result, undisturbed)
@@ -199,7 +199,7 @@ def test_a_rank_that_was_given_up_writes_no_checkpoint_when_it_wakes_up(
     stopped = dict(client.run(os.getpid))
     processes = [psutil.Process(pid) for pid in stopped.values()]
     stop = Fault(point="forward", rank=0, step=30, action="stop")
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [stop, pause], tmp_path)
 
     def wake_up() -> None:
@@ -313,7 +313,7 @@ def test_before_a_slurm_job_ends(job, undisturbed, make_cluster, same_bits, hear
     """One worker's job ends soon; the run is saved once more, and goes on."""
     client = make_cluster(2)
     job.train(client, epochs=1)  # what workers import now, they need not later
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause], tmp_path)
     last = max(client.run(os.getpid))
 
@@ -336,7 +336,7 @@ def test_workers_that_are_told_to_end_save_first(
 ):
     """All workers are asked to close at once, as at the end of a SLURM job."""
     client = make_scalable(2)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause], tmp_path)
     folder = tmp_path / "run"
     recovery = dask_nn.Recovery(workers_timeout_s=3)

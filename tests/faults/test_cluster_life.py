@@ -23,7 +23,7 @@ from dask_nn.controller.cluster import list_workers
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
 from dask_nn.errors import ClusterError, WorkerLost
-from dask_nn.testing.faults import Fault, clear_faults, install
+from dask_nn.testing.faults import clear_faults, install, slow_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ PATIENCE_S = 20.0
 def slow_down(client: Any, folder: Path, seconds: float) -> None:
     install(
         client,
-        [Fault(point="applied", action="sleep", seconds=seconds, every_time=True)],
+        [slow_steps(seconds)],
         folder,
     )
 

@@ -13,7 +13,7 @@ import cloudpickle
 import pytest
 
 import dask_nn
-from dask_nn.testing.faults import Fault, install, pretend_cores
+from dask_nn.testing.faults import install, pretend_cores, slow_steps
 from dask_nn.testing.network import NOBODY, SpreadCluster, ip
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def test_a_host_that_is_cut_off(
 ):
     client, workers = spread_cluster
     written = ledger(client)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause], tmp_path)
     host = network.hosts[1]
 
@@ -91,7 +91,7 @@ def test_two_hosts_that_only_the_scheduler_reaches(
     """Both live and say so; what they send each other does not arrive."""
     client, _ = spread_cluster
     written = ledger(client)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause], tmp_path)
     first, second = network.hosts
 

@@ -16,7 +16,7 @@ import dask_nn
 from dask_nn.controller import worker_side
 from dask_nn.controller.rank_group import outcome_of_error
 from dask_nn.errors import Aborted, RankFailed, WorkerLost
-from dask_nn.testing.faults import Fault, fail_at, install
+from dask_nn.testing.faults import Fault, fail_at, install, slow_steps
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -57,7 +57,7 @@ def test_kill_at_each_point_of_a_step(
 def test_all_but_one_at_once(job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path):
     client = make_cluster(3)
     written = ledger(client)
-    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    pause = slow_steps(0.02)
     install(client, [pause], tmp_path)
     victims = sorted(pids(client).values())[:2]
 
@@ -314,7 +314,7 @@ def test_a_worker_that_computes_other_bits_is_left_out_by_name_or_marks_the_run(
 def test_a_rank_is_not_started_twice(job, undisturbed, make_cluster, same_bits, heard, tmp_path):
     """The same seat is submitted again while its rank is at work; that one goes on."""
     client = make_cluster(2)
-    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    pause = slow_steps(0.02)
     install(client, [pause], tmp_path)
     twins: list[Any] = []
 

@@ -15,7 +15,7 @@ from distributed import Client
 
 import dask_nn
 from dask_nn.errors import CheckpointError, ClusterError, TrainingInterrupted, WorkerLost
-from dask_nn.testing.faults import Fault, install
+from dask_nn.testing.faults import Fault, install, slow_steps
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -73,7 +73,7 @@ def test_a_peer_that_dies_does_not_wait_for_the_disk_of_another(
     client = make_cluster(2)
     written = ledger(client)
     kill = Fault(point="forward", rank=1, step=35)
-    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    pause = slow_steps(0.02)
     install(client, [slow(step=30), kill, pause], tmp_path)
     result = job.train(client, checkpoint=tmp_path / "run", callbacks=[heard])
     same_bits(result, undisturbed)
@@ -90,7 +90,7 @@ def test_ctrl_c_waits_until_it_is_saved(
     job, undisturbed, make_cluster, same_bits, tmp_path, engine
 ):
     client = make_cluster(2)
-    pause = Fault(point="applied", action="sleep", seconds=0.02, every_time=True)
+    pause = slow_steps(0.02)
     if engine == "spmd":
         install(client, [slow(), pause], tmp_path)
 
@@ -151,7 +151,7 @@ def test_workers_that_are_terminated_save_first(
                     worker.send_signal(signal.SIGTERM)
 
     with Client(address, set_as_default=False) as client:
-        pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+        pause = slow_steps(0.05)
         install(client, [slow(), pause], tmp_path)
         with pytest.raises(WorkerLost):
             job.train(

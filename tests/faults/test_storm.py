@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import dask_nn
-from dask_nn.testing.faults import Fault, install
+from dask_nn.testing.faults import install, slow_steps
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -83,7 +83,7 @@ def test_a_storm_of_kills(
     family = set(psutil.Process().children(recursive=True))
     with dask_config({"distributed.deploy.lost-worker-timeout": "1 s"}):
         client = make_scalable(WORKERS)
-    pause = Fault(point="applied", action="sleep", seconds=PAUSE_S, every_time=True)
+    pause = slow_steps(PAUSE_S)
     install(client, [pause], tmp_path)
     job.train(client, epochs=1)  # what is loaded once is no leak
     written = ledger(client)

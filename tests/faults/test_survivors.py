@@ -24,7 +24,7 @@ from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
 from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
-from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores
+from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores, slow_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +95,7 @@ def test_a_stopped_worker_that_only_holds_blocks_is_given_up(
     undisturbed = job.train(None, **options)
     client = make_cluster(3)
     pretend_cores(client, 2)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause], tmp_path)
     processes = pids(client)
 
@@ -269,7 +269,7 @@ def test_ctrl_c_while_lost_blocks_are_put_back(
     """That may take for ever: the first press stops the ranks, the second leaves the blocks."""
     client = make_cluster(3)
     pretend_cores(client, 2)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause], tmp_path)
     processes = pids(client)
     pressed_at = []
@@ -356,7 +356,7 @@ def test_ctrl_c_saves_also_when_the_rank_that_writes_is_lost(
     job, undisturbed, make_cluster, same_bits, heard, tmp_path
 ):
     client = make_cluster(2)
-    pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+    pause = slow_steps(0.05)
     install(client, [pause, Fault(point="writing a checkpoint")], tmp_path)
 
     class Stop(dask_nn.Callback):
@@ -544,7 +544,7 @@ def test_a_scheduler_that_is_busy_for_a_while_is_waited_for(
 
     recovery = dask_nn.Recovery(hang_timeout_s=2)
     with Client(address, set_as_default=False) as client:
-        pause = Fault(point="applied", action="sleep", seconds=0.08, every_time=True)
+        pause = slow_steps(0.08)
         install(client, [pause], tmp_path)
         result = job.train(client, callbacks=[heard, Busy()], recovery=recovery)
     same_bits(result, undisturbed)
@@ -619,7 +619,7 @@ def test_a_stopped_scheduler_ends_the_run(job, dask_processes, tmp_path, monkeyp
 
     client = Client(address, set_as_default=False)
     try:
-        pause = Fault(point="applied", action="sleep", seconds=0.05, every_time=True)
+        pause = slow_steps(0.05)
         install(client, [pause], tmp_path)
         began = time.monotonic()
         with pytest.raises(ClusterError, match="did not answer within"):

@@ -32,6 +32,7 @@ __all__ = [
     "install",
     "pretend_cores",
     "record_steps",
+    "slow_steps",
 ]
 
 ACTIONS = ("kill", "stop", "sleep", "compute", "raise", "memory", "ENOSPC", "EIO")
@@ -116,6 +117,11 @@ def fail_at(
     """
     fault = Fault(point=point, rank=rank, step=step, **options)
     return install(client, [fault], Path(folder))[0]
+
+
+def slow_steps(seconds: float) -> Fault:
+    """Make every step take so much longer, so that what a test does in between is not late."""
+    return Fault(point="applied", action="sleep", seconds=seconds, every_time=True)
 
 
 def install(client: Client, planned: Sequence[Fault], folder: Path) -> list[Path]:
