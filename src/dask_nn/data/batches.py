@@ -225,8 +225,12 @@ class ShardBatches:
         """Begin to load the first windows."""
         self._prefetcher.start()
 
+    def stop(self) -> None:
+        """Begin to load no more windows."""
+        self._prefetcher.stop()
+
     def close(self) -> None:
-        """Stop loading."""
+        """Stop loading, and wait for the window that is being loaded."""
         self._prefetcher.close()
         self._open.clear()
 

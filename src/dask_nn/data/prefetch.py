@@ -81,9 +81,13 @@ class Prefetcher[T]:
         """Say that a load that was taken is used up."""
         self._permits[lane].release()
 
-    def close(self) -> None:
-        """Stop loading and wait for the thread to end."""
+    def stop(self) -> None:
+        """Begin no more loads."""
         self._stopped.set()
+
+    def close(self) -> None:
+        """Stop loading and wait for the thread to end, and with it the load under way."""
+        self.stop()
         if self._thread.is_alive():
             self._thread.join()
 

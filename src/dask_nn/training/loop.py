@@ -192,8 +192,12 @@ class TrainingLoop:
                 if not self._run_epoch():
                     return False
         finally:
-            self._batches.close()
+            self._batches.stop()
         return True
+
+    def close(self) -> None:
+        """Wait for the rows that were being loaded when the loop ended; that may take long."""
+        self._batches.close()
 
     @property
     def steps(self) -> int:

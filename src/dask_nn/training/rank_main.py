@@ -184,9 +184,11 @@ class _Standing:
             self.checkpointer.finish(partial(self._wait, env))
 
     def close(self) -> None:
-        """Let go of the thread that writes checkpoints."""
+        """Let go of the threads that write checkpoints and load rows."""
         if self.checkpointer is not None:
             self.checkpointer.close()
+        if self.loop is not None:
+            self.loop.close()
 
     @staticmethod
     def _wait(env: RankEnvironment) -> None:
