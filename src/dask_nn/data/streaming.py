@@ -16,7 +16,7 @@ from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
 from dask_nn.data.finite import check_found, not_finite
-from dask_nn.data.lengths import check_rows
+from dask_nn.data.lengths import check_rows, cut_rows
 from dask_nn.data.problem import Problem, find_problem
 from dask_nn.data.recipes import inseparable, origin, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able
@@ -237,9 +237,7 @@ def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Arr
     # Not P2P: that moves all rows at once, while blocks are to be made one by one.
     with dask.config.set({"array.rechunk.method": "tasks"}):
         return {
-            name: reference
-            if name == first
-            else (array if array.chunks[0] == rows else array.rechunk({0: rows}))
+            name: reference if name == first else cut_rows(name, array, rows)
             for name, array in lazy.items()
         }
 
