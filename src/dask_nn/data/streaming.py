@@ -85,7 +85,7 @@ def _delayed_blocks(array: da.Array) -> list[Delayed]:
     """Give the blocks one by one, with keys of their own.
 
     The scheduler would confuse their tasks with those of the whole, which is optimized in another
-    way; and a part of an array that is made of a table may be culled wrongly.
+    way.
     """
     layers: Any = array.__dask_graph__()
     graph = convert_legacy_graph(ensure_dict(layers))
