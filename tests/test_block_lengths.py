@@ -19,7 +19,7 @@ from torch import nn
 
 import dask_nn
 from dask_nn.callbacks.base import Callback
-from dask_nn.data.lengths import cut_rows
+from dask_nn.data.cuts import cut_rows
 from dask_nn.errors import DataError, RankFailed
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import numpy as np
 from dask.core import flatten
 from distributed.client import futures_of
 
-from dask_nn.data.lengths import check_rows, cut_rows
+from dask_nn.data.cuts import cut_rows
+from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, find_problem
 from dask_nn.data.sending import send, wait_while_able
 from dask_nn.errors import DataError

@@ -15,8 +15,9 @@ from dask.delayed import Delayed, delayed
 from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
+from dask_nn.data.cuts import cut_rows
 from dask_nn.data.finite import check_found, not_finite
-from dask_nn.data.lengths import check_rows, cut_rows
+from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, find_problem
 from dask_nn.data.recipes import inseparable, origin, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able

@@ -13,7 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.layers import ArrayBlockwiseDep
 
-from dask_nn.data.lengths import cut_rows
+from dask_nn.data.cuts import cut_rows
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
