@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from dask.delayed import delayed
+from dask.utils import ensure_dict
 from torch import nn
 
 import dask_nn
 from dask_nn.callbacks.base import Callback
+from dask_nn.data.cuts import cut_rows
 from dask_nn.errors import DataError, RankFailed
 
 if TYPE_CHECKING:
@@ -72,6 +76,81 @@ def test_validation_data_of_another_length_is_refused(memory, where):
     longer = column([SAID, SAID, SAID + 4], 1), column([SAID, SAID, SAID + 4], dtype="i8")
     with pytest.raises((DataError, RankFailed), match=wrong(2, SAID + 4)):
         train(X, y, validation=longer, memory=memory, **where)
+
+
+def halves(first: int, *row_shape: int, dtype: str = "i8") -> da.Array:
+    """Make an array of two blocks, each of which Dask takes to have 50 rows."""
+    parts = [delayed(np.zeros((rows, *row_shape), dtype)) for rows in (first, 50)]
+    return da.concatenate([da.from_delayed(part, (50, *row_shape), dtype) for part in parts])
+
+
+def cut(name: str, rows: int) -> str:
+    return rf"block 0 of {name} as it was given gave an array of {rows} rows, expected 50"
+
+
+longer_or_shorter = pytest.mark.parametrize("rows", [54, 46], ids=["longer", "shorter"])
+
+
+@longer_or_shorter
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+@pytest.mark.parametrize("of", ["y", "sample_weight"])
+def test_a_block_is_compared_before_it_is_cut_at_other_rows(of, memory, rows, where):
+    X, y = column([SAID] * BLOCKS, 1), column([SAID] * BLOCKS, dtype="i8")
+    inputs = {"y": y} | {of: halves(rows)}
+    with pytest.raises((DataError, RankFailed), match=cut(of, rows)):
+        train(X, **inputs, memory=memory, **where)
+
+
+@longer_or_shorter
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_validation_data_is_compared_before_it_is_cut(memory, rows, where):
+    X, y = column([SAID] * BLOCKS, 1), column([SAID] * BLOCKS, dtype="i8")
+    with pytest.raises((DataError, RankFailed), match=cut("y", rows)):
+        train(X, y, validation=(X, halves(rows)), memory=memory, **where)
+
+
+@longer_or_shorter
+def test_evaluate_compares_a_block_before_it_is_cut(rows, where):
+    X = column([SAID] * BLOCKS, 1)
+    with pytest.raises(DataError, match=cut("y", rows)):
+        dask_nn.evaluate(nn.Linear(1, 2), X, halves(rows), metrics=["accuracy"])
+
+
+class Sum(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+
+@longer_or_shorter
+def test_predict_compares_a_block_of_another_input_before_it_is_cut(rows, where):
+    X = {"a": column([SAID] * BLOCKS, 1), "b": halves(rows, 1, dtype="f4")}
+    with pytest.raises(DataError, match=cut(r"X\.b", rows)):
+        dask_nn.predict(Sum(), X).compute()
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_blocks_that_are_as_long_as_told_are_cut_at_other_rows(memory, where):
+    rows = np.arange(100)
+    X = da.from_array(rows[:, None].astype("f4") / 100, chunks=(SAID, 1))
+    seen = []
+    for y in (da.from_array(rows % 2, chunks=SAID), da.from_array(rows % 2, chunks=50)):
+        found = train(X, y, validation=(X, y), memory=memory, **where)
+        scores = dask_nn.evaluate(found.model, X, y, metrics=["accuracy"])
+        seen.append((found.weights_sha256, found.history[-1]["val_loss"], scores))
+    assert seen[0] == seen[1]
+
+
+def test_to_be_compared_costs_no_task_and_little_room():
+    blocks = 1000
+    y = da.zeros(10 * blocks, chunks=10).map_blocks(np.negative, meta=np.empty(0))
+    rows = (5, *[10] * (blocks - 1), 5)
+    with dask.config.set({"array.rechunk.method": "tasks"}):
+        plain, compared = (
+            ensure_dict(dask.optimize(array)[0].dask)
+            for array in (y.rechunk({0: rows}), cut_rows("y", y, rows))
+        )
+    assert len(compared) == len(plain)
+    assert len(pickle.dumps(compared)) < len(pickle.dumps(plain)) + 200 * blocks
 
 
 def test_blocks_that_are_as_long_as_their_array_says_are_trained_on(where):

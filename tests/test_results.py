@@ -93,6 +93,32 @@ def test_known_divisions_stay() -> None:
     assert dask_nn.predict(network(), frame).divisions == frame.divisions
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("where", ["here", "cluster"])
+@pytest.mark.parametrize("chosen", [NAMES, None], ids=["columns", "all"])
+def test_a_table_of_delayed_is_predicted(chosen, where, verify, request) -> None:
+    if where == "cluster":
+        request.getfixturevalue("client")
+    parts = [delayed(table()[NAMES][start : start + 20]) for start in range(0, 60, 20)]
+    frame = dd.from_delayed(parts, meta=table()[NAMES][:0], verify_meta=verify)
+    found = dask_nn.predict(network(), frame, features=chosen).compute()
+    pd.testing.assert_series_equal(found, pd.Series(expected(), index=INDEX, name="label"))
+    arrays = dask.compute(*dask_nn.predict(network(), frame.to_delayed()))
+    np.testing.assert_array_equal(np.concatenate(arrays), expected())
+
+
+@pytest.mark.parametrize("output", ["label", "raw"])
+def test_predictions_of_a_table_can_be_worked_on(output) -> None:
+    frame = dd.from_pandas(table()[NAMES], npartitions=3)
+    found = dask_nn.predict(network(), frame, output=output)
+    rows = found.to_dask_array(lengths=True)
+    np.testing.assert_allclose(rows.compute(), expected(output), rtol=1e-5, atol=1e-6)
+    column = found if output == "label" else found["raw_0"]
+    joined = frame.assign(found=column).to_dask_array().compute()[:, -1]
+    want = expected(output) if output == "label" else expected(output)[:, 0]
+    np.testing.assert_allclose(joined, want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_pandas_table_keeps_its_index() -> None:
     found = dask_nn.predict(network(), table()[NAMES])
     pd.testing.assert_series_equal(found, pd.Series(expected(), index=INDEX, name="label"))

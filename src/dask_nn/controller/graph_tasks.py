@@ -270,7 +270,12 @@ def validate_block(
         check_rows(block, arrays, bench.spec.validation_lengths[block])
         bench.load(snapshot, weights_only=True)
         return evaluate_block(
-            bench.state.model, arrays, bench.dtypes, spec=bench.spec, objective=bench.objective
+            bench.state.model,
+            block,
+            arrays,
+            bench.dtypes,
+            spec=bench.spec,
+            objective=bench.objective,
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dask_nn.data.casts import check_cast
 from dask_nn.data.memory import Needs
 from dask_nn.data.prefetch import Prefetcher
 from dask_nn.errors import DataError
@@ -31,6 +32,7 @@ __all__ = [
     "load_window",
     "needs_of",
     "new_rows",
+    "stored_dtype",
 ]
 
 type Batch = tuple[torch.Tensor, ...]
@@ -65,6 +67,13 @@ def batch_dtypes(fields: Sequence[Field], floating: torch.dtype) -> tuple[torch.
         else:
             found.append(stored)
     return tuple(found)
+
+
+def stored_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Give the type of NumPy from which a type of torch is made."""
+    if dtype == torch.bfloat16:  # unknown to NumPy
+        return np.dtype(np.float32)
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def needs_of(
@@ -141,7 +150,7 @@ def load_window(
     Raises
     ------
     DataError
-        If a block is not what its array said.
+        If a block is not what its array said, or has values that its type cannot hold.
     """
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -163,6 +172,7 @@ def _put(tensor: torch.Tensor, place: NDArray[np.int64], found: NDArray[Any], pi
             "true?"
         )
         raise DataError(message)
+    check_cast(found, stored_dtype(tensor.dtype), f"block {piece.block}")
     if tensor.dtype == torch.bfloat16:  # unknown to NumPy
         tensor[torch.from_numpy(place)] = torch.from_numpy(found.astype(np.float32)).bfloat16()
     else:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["check_rows"]
 
 
-def check_rows(block: int, arrays: Iterable[Any], length: int) -> None:
+def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: str = "") -> None:
     """Check that every array of a block has the rows that the plan counts on.
 
     Parameters
@@ -23,6 +23,8 @@ def check_rows(block: int, arrays: Iterable[Any], length: int) -> None:
         One for each field, shape (rows, ...).
     length : int
         The rows of the block as its Dask array told them, or as they were found.
+    of : str
+        Which blocks are counted, where those are not the ones that the plan has.
 
     Raises
     ------
@@ -32,8 +34,9 @@ def check_rows(block: int, arrays: Iterable[Any], length: int) -> None:
     for array in arrays:
         if array.shape[:1] != (length,):
             rows = array.shape[0] if array.ndim else "no"
+            named = f"{block} of {of}" if of else f"{block}"
             message = (
-                f"block {block} gave an array of {rows} rows, expected {length}: either the chunk "
+                f"block {named} gave an array of {rows} rows, expected {length}: either the chunk "
                 "size that its Dask array tells is not true (compute_chunk_sizes() finds it), or "
                 "its source has changed since it was looked at (then begin again with what it is "
                 "now)"

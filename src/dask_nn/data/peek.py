@@ -10,6 +10,7 @@ import cloudpickle
 import numpy as np
 from distributed import Future
 
+from dask_nn.data.casts import find_misfit
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.problem import Problem, this_worker
 from dask_nn.data.reader import with_retries
@@ -105,8 +106,18 @@ def label_range(blocks: Blocks, *, ignore: int, place: int, client: Client | Non
         Which field holds the labels.
     client : Client or None
         Where the blocks are; this process if None.
+
+    Raises
+    ------
+    DataError
+        If a block has values that are no integers.
     """
-    parts = _on_blocks(partial(_range, ignore=ignore), blocks, place, client)
+    parts = []
+    for block, part in enumerate(_on_blocks(partial(_range, ignore=ignore), blocks, place, client)):
+        if isinstance(part, str):
+            message = f"block {block} of {blocks.fields[place].name} {part}"
+            raise DataError(message)
+        parts.append(part)
     seen = [part for part in parts if part.low <= part.high]
     return LabelRange(
         low=min((part.low for part in seen), default=0),
@@ -215,8 +226,11 @@ def _first(function: Callable[[Array], Any], columns: tuple[Array, ...]) -> Any:
     return function(columns[0])
 
 
-def _range(labels: Array, *, ignore: int) -> LabelRange:
+def _range(labels: Array, *, ignore: int) -> LabelRange | str:
+    """Give the range of a block's labels, or say why they are none."""
     labels = np.asarray(labels)
+    if misfit := find_misfit(labels, np.dtype(np.int64)):
+        return misfit
     kept = labels[labels != ignore]
     return LabelRange(
         low=int(kept.min()) if kept.size else 0,

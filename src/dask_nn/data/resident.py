@@ -14,6 +14,7 @@ import numpy as np
 from dask.core import flatten
 from distributed.client import futures_of
 
+from dask_nn.data.cuts import cut_rows
 from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, TaskLog, find_problem
 from dask_nn.data.sending import send, wait_while_able
@@ -98,7 +99,7 @@ def place(
     """Give the key or array of each block of one field, and what keeps the keys alive."""
     if isinstance(array, da.Array):
         if tuple(array.chunks[0]) != tuple(lengths):
-            array = persist({name: array.rechunk({0: tuple(lengths)})}, client)[name]
+            array = persist({name: cut_rows(name, array, lengths)}, client)[name]
         if client is not None:
             return list(flatten(array.__dask_keys__())), array
         blocks = [np.asarray(block.compute()) for block in array.blocks.ravel()]

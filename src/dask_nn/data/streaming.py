@@ -15,6 +15,7 @@ from dask.delayed import Delayed, delayed
 from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
+from dask_nn.data.cuts import cut_rows
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, TaskLog, find_problem
@@ -85,7 +86,7 @@ def _delayed_blocks(array: da.Array) -> list[Delayed]:
     """Give the blocks one by one, with keys of their own.
 
     The scheduler would confuse their tasks with those of the whole, which is optimized in another
-    way; and a part of an array that is made of a table may be culled wrongly.
+    way.
     """
     layers: Any = array.__dask_graph__()
     graph = convert_legacy_graph(ensure_dict(layers))
@@ -238,9 +239,7 @@ def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Arr
     # Not P2P: that moves all rows at once, while blocks are to be made one by one.
     with dask.config.set({"array.rechunk.method": "tasks"}):
         return {
-            name: reference
-            if name == first
-            else (array if array.chunks[0] == rows else array.rechunk({0: rows}))
+            name: reference if name == first else cut_rows(name, array, rows)
             for name, array in lazy.items()
         }
 

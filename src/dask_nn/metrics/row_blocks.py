@@ -13,6 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.layers import ArrayBlockwiseDep
 
+from dask_nn.data.cuts import cut_rows
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -104,9 +105,7 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
             whole = [(length,) for length in array.shape[1:]]
             found.append(da.from_array(array, chunks=(row_chunks, *whole)))
             continue
-        joined = one_chunk_per_row_block(name, array)
-        same = joined.chunks[0] == row_chunks
-        found.append(joined if same else joined.rechunk({0: row_chunks}))
+        found.append(cut_rows(name, one_chunk_per_row_block(name, array), row_chunks))
     return found
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from dask_nn.collectives.tree import shard_range
+from dask_nn.data.batches import stored_dtype
+from dask_nn.data.casts import check_cast
 from dask_nn.metrics.merge import compute, merge_named
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class Validation:
             arrays = self._reader.read(block)
             parts.append(
                 evaluate_block(
-                    model, arrays, self._dtypes, spec=self._spec, objective=self._objective
+                    model, block, arrays, self._dtypes, spec=self._spec, objective=self._objective
                 )
             )
         # Partials are plain states made by these same ranks a moment ago.
@@ -85,6 +87,7 @@ class Validation:
 
 def evaluate_block(
     model: nn.Module,
+    block: int,
     arrays: Sequence[Any],
     dtypes: Sequence[torch.dtype],
     *,
@@ -97,6 +100,8 @@ def evaluate_block(
     ----------
     model : torch.nn.Module
         Its mode is kept.
+    block : int
+        Its number among the validation blocks.
     arrays : sequence of numpy.ndarray
         X, y and, if weighted, sample weights, shape (rows, ...).
     dtypes : sequence of torch.dtype
@@ -105,9 +110,16 @@ def evaluate_block(
         Its metrics and transform.
     objective : Objective
         The loss.
+
+    Raises
+    ------
+    DataError
+        If the block has values that its type cannot hold.
     """
     from dask_nn.metrics.block import block_partials
 
+    for array, dtype in zip(arrays, dtypes, strict=True):
+        check_cast(array, stored_dtype(dtype), f"validation block {block}")
     tensors = [
         torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
         for array, dtype in zip(arrays, dtypes, strict=True)

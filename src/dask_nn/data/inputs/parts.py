@@ -12,7 +12,8 @@ import cloudpickle
 import dask
 import dask.array as da
 import numpy as np
-from dask.highlevelgraph import HighLevelGraph
+from dask._task_spec import Alias
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.utils import ensure_dict
 from distributed.client import futures_of
 
@@ -59,10 +60,34 @@ def array_of_parts(
         (name, number, *zeros): (take, part.key) for number, part in enumerate(parts)
     }
     dependencies: list[Any] = list(parts)
-    graph = HighLevelGraph.from_collections(name, layer, dependencies=dependencies)
+    graph = _with_own_keys(HighLevelGraph.from_collections(name, layer, dependencies=dependencies))
     rows = tuple(lengths) if lengths is not None else (np.nan,) * len(parts)
     chunks = (rows, *((length,) for length in like.shape[1:]))
     return da.Array(graph, name, chunks, dtype=like.dtype, meta=like[:0])
+
+
+def _with_own_keys(graph: HighLevelGraph) -> HighLevelGraph:
+    """Give every alias the key under which it stands.
+
+    ``dask.dataframe.from_delayed`` with ``verify_meta=False`` gives it that of its target, by which
+    Dask joins it with the tasks before it; what needs it would then miss it.
+    """
+    mended: dict[str, Any] = {}
+    for name, layer in graph.layers.items():
+        if not isinstance(layer, MaterializedLayer):
+            continue
+        aliases = {
+            key: Alias(key, node.target)
+            for key, node in layer.mapping.items()
+            if isinstance(node, Alias) and node.key != key
+        }
+        if aliases:
+            mended[name] = MaterializedLayer(
+                {**layer.mapping, **aliases},
+                annotations=layer.annotations,
+                collection_annotations=layer.collection_annotations,
+            )
+    return HighLevelGraph({**graph.layers, **mended}, graph.dependencies) if mended else graph
 
 
 def columns_of_parts(

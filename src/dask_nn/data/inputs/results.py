@@ -84,7 +84,7 @@ def _dask_frame(predictions: da.Array, X: Any, name: str) -> Any:
     parts = _blocks(predictions)
     # Dask may join partitions where it reads some of the columns.
     divisions = X.divisions if len(parts) == X.npartitions else (None,) * (len(parts) + 1)
-    return dd.from_delayed(parts, meta=meta, divisions=divisions, verify_meta=False)
+    return dd.from_delayed(parts, meta=meta, divisions=divisions)
 
 
 def _pandas_frame(predictions: Any, index: Any, name: str) -> Any:
@@ -101,7 +101,7 @@ def _pandas_frame(predictions: Any, index: Any, name: str) -> Any:
         for block, (start, stop) in zip(_blocks(predictions), bounds, strict=True)
     ]
     meta = frame_of(_no_rows(predictions), index[:0], name)
-    return dd.from_delayed(parts, meta=meta, verify_meta=False)
+    return dd.from_delayed(parts, meta=meta)
 
 
 def _no_rows(predictions: da.Array) -> np.ndarray[Any, Any]:

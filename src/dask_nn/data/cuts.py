@@ -1,0 +1,67 @@
+"""Arrays cut into blocks of other rows, their own blocks being checked before."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+from dask.base import tokenize
+from dask.layers import ArrayBlockwiseDep
+from dask.utils import key_split
+
+from dask_nn.data.lengths import check_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["cut_rows"]
+
+
+def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
+    """Cut an array into blocks of other lengths, each of its own blocks being checked before.
+
+    Slices would hide the rows that a block has too many, and all that follow would move.
+
+    Parameters
+    ----------
+    name : str
+        What it is, for the error.
+    array : Array
+        Of known lengths, with one chunk along the other axes.
+    lengths : sequence of int
+        The rows of the new blocks; the array itself is given where it has them already.
+    """
+    rows = tuple(lengths)
+    if array.chunks[0] == rows:
+        return array
+    axes = tuple(range(array.ndim))
+    checked: da.Array = da.blockwise(
+        partial(_checked, f"{name} as it was given"),
+        axes,
+        _Told((array.chunks[0],)),
+        (0,),
+        array,
+        axes,
+        # As the blocks are called on the dashboard, and in errors about them.
+        name=f"{key_split(array.name)}-{tokenize(name, array, array.chunks)}",
+        align_arrays=False,
+        dtype=array.dtype,
+        meta=array._meta,  # noqa: SLF001 - nothing is to be computed
+    )
+    recut: da.Array = checked.rechunk({0: rows})
+    return recut
+
+
+class _Told(ArrayBlockwiseDep):
+    """The number of each block, and the rows that it should have."""
+
+    def __getitem__(self, idx: tuple[int, ...]) -> tuple[int, int]:
+        (number,) = idx
+        return number, int(self.chunks[0][number])
+
+
+def _checked(of: str, told: tuple[int, int], block: Any) -> Any:
+    number, length = told
+    check_rows(number, (block,), length, of=of)
+    return block
