@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,10 +276,11 @@ def test_a_missing_package_is_answered_with_the_install_line(monkeypatch):
         pass
 
 
-def start_job(**options: Any) -> subprocess.Popen[str]:
+def start_job(through: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
             sys.executable,
+            *(through or ()),
             training_job.__file__,
             "kubernetes",
             json.dumps({"image": IMAGE, "port_forward": True, **options}),
@@ -388,6 +388,14 @@ def test_what_kubernetes_lacks_or_has_already_is_said_and_left_as_it_is(tmp_path
         assert not any(api.objects.values())
 
 
+IMPATIENT = """
+import runpy, sys
+from dask_nn.clusters import kubernetes_status
+kubernetes_status.PATIENCE_S = 3
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
 @pytest.mark.timeout(2 * JOB_TIMEOUT_S)
 @pytest.mark.parametrize("security", [False, True])
 @pytest.mark.parametrize(
@@ -407,8 +415,8 @@ def test_a_scheduler_that_does_not_start_is_told_long_before_the_deadline(
     api, options, message, security
 ):
     began = time.monotonic()
-    api.pods_age = timedelta(minutes=2)
-    job = start_job(workers=1, start_timeout_s=JOB_TIMEOUT_S, security=security, **options)
+    asked = {"workers": 1, "start_timeout_s": JOB_TIMEOUT_S, "security": security, **options}
+    job = start_job(**asked, through=["-c", IMPATIENT])
     _, err = job.communicate(timeout=JOB_TIMEOUT_S)
     assert time.monotonic() - began < JOB_TIMEOUT_S / 2
     assert job.returncode != 0

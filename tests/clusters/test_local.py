@@ -112,13 +112,14 @@ def test_workers_do_not_see_an_interrupt_of_the_process_group(tmp_path: Path) ->
     assert done.returncode == 0
 
 
-def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path, scratch: Path) -> None:
-    script = tmp_path / "job.py"
+def interrupted(folder: Path, before: str = "pass") -> tuple[str, str, int]:
+    """Run a job that an interrupt stops at its start; give what it printed, and its group."""
+    script = folder / "job.py"
     script.write_text(
         "import threading, os, signal\n"
         "from dask_nn.clusters.local import local_cluster\n"
         "if __name__ == '__main__':\n"
-        "    threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()\n"
+        f"    {before}\n"
         "    try:\n"
         "        with local_cluster(2, dashboard_address=':0'):\n"
         "            print('started')\n"
@@ -132,11 +133,31 @@ def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path, scr
         text=True,
         start_new_session=True,
     )
-    out, err = process.communicate(timeout=60)
+    return *process.communicate(timeout=60), process.pid
+
+
+def test_an_interrupt_while_the_workers_start_leaves_nothing(tmp_path: Path, scratch: Path) -> None:
+    soon = "threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()"
+    out, err, group = interrupted(tmp_path, soon)
     assert out == "stopped\n"
     assert err == ""
     assert not list(scratch.iterdir())
-    assert group_is_gone(process.pid)
+    assert group_is_gone(group)
+
+
+def test_an_interrupt_while_the_scheduler_is_made_leaves_nothing(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop is busy meanwhile, as with the dashboard's modules on a slow machine."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES", "['slow_pages']")
+    (tmp_path / "slow_pages.py").write_text(
+        "import os, signal, time\nos.killpg(0, signal.SIGINT)\ntime.sleep(3)\nroutes = []\n"
+    )
+    out, err, group = interrupted(tmp_path)
+    assert out == "stopped\n"
+    assert err == ""
+    assert not list(scratch.iterdir())
+    assert group_is_gone(group)
 
 
 def test_the_client_is_closed_with_its_cluster() -> None:

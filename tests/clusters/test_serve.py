@@ -106,27 +106,32 @@ def test_a_scheduler_that_will_not_start_is_not_waited_for(monkeypatch: pytest.M
 def test_an_answer_that_is_older_than_the_start_does_not_end_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "ASK_FIRST_AFTER_S", 0.0)
-    asked = []
+    monkeypatch.setattr(module, "ASK_FIRST_AFTER_S", 0.01)
+    asked, started = asyncio.Event(), asyncio.Event()
 
     class Tardy(LocalCluster):
-        async def _start(self) -> None:
-            await super()._start()
-            await asyncio.sleep(0.5)
+        def __await__(self) -> Any:
+            yield from asked.wait().__await__()
+            yield from super().__await__()
+            started.set()
+            return self
 
     async def hopeless(_: Any) -> str:
-        asked.append(True)
-        await asyncio.sleep(2 if len(asked) == 1 else 0)
-        return "no image" if len(asked) == 1 else ""
+        if asked.is_set():
+            return ""
+        asked.set()
+        await started.wait()
+        return "no image"
 
-    assert opened(lambda: Tardy(**HERE), ask=num_workers, hopeless=hopeless) == 1
-    assert asked
+    options = {**HERE, "n_workers": 1}
+    assert opened(lambda: Tardy(**options), ask=num_workers, hopeless=hopeless) == 1
+    assert started.is_set()
 
 
 def test_a_platform_that_gives_no_answer_does_not_end_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "ASK_FIRST_AFTER_S", 0.0)
+    monkeypatch.setattr(module, "ASK_FIRST_AFTER_S", 0.01)
     asked = []
 
     async def hopeless(_: Any) -> str:

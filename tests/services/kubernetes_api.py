@@ -13,7 +13,7 @@ import contextlib
 import copy
 import threading
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,8 +52,6 @@ class KubernetesApi:
         self.requests: list[tuple[str, str, Any]] = []
         self.objects: dict[str, dict[str, Any]] = {plural: {} for plural in PLURALS}
         self.containers: dict[str, Container] = {}
-        # So much older are pods than they are.
-        self.pods_age = timedelta()
         self.kubeconfig = folder / "kubeconfig"
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -318,9 +316,7 @@ class KubernetesApi:
         status: dict[str, Any] = {"phase": phase, "conditions": conditions}
         if waiting:
             status["containerStatuses"] = [{"state": {"waiting": waiting}, "restartCount": 3}]
-        created = datetime.fromisoformat(item["metadata"]["creationTimestamp"]) - self.pods_age
-        metadata = item["metadata"] | {"creationTimestamp": created.isoformat()}
-        return {**item, "metadata": metadata, "status": status}
+        return {**item, "status": status}
 
 
 def _image(pod: dict[str, Any]) -> str:

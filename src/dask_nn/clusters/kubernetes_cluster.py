@@ -6,8 +6,6 @@ Imported only where dask-kubernetes is installed.
 from __future__ import annotations
 
 import contextlib
-from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import kr8s
@@ -20,6 +18,7 @@ from kr8s.asyncio.objects import Pod, Secret
 from tornado.ioloop import IOLoop
 
 from dask_nn.clusters.kubernetes_resources import autoscaler_resource
+from dask_nn.clusters.kubernetes_status import StuckPods, containers_in, state_of, troubles
 from dask_nn.clusters.kubernetes_tls import security_in
 from dask_nn.errors import ClusterError, ConfigurationError
 
@@ -34,12 +33,6 @@ __all__ = ["NNKubeCluster", "delete_what_is_left", "describe", "hopeless"]
 
 DELETE_TIMEOUT_S = 30
 LOG_TAIL_LINES = 10
-# Of containers that will not start as they are.
-STUCK = {"ErrImageNeverPull", "InvalidImageName"}
-# A registry may be busy for a moment, a secret not there yet, and a container may fail once.
-STUCK_FOR_LONG = {"CreateContainerConfigError", "ImagePullBackOff"}
-PATIENCE_S = 60
-ENOUGH_RESTARTS = 3
 
 
 class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships no annotations
@@ -68,6 +61,7 @@ class NNKubeCluster(KubeCluster):  # type: ignore[misc]  # dask-kubernetes ships
         self.security = security
         self._secret = secret
         self._tls_secret = options.tls_secret
+        self.stuck_pods = StuckPods()
         # Whether this client made it, and so ends it.
         self.posted = False
         super().__init__(
@@ -159,39 +153,23 @@ async def delete_what_is_left(cluster: Any) -> None:
 
 async def describe(cluster: Any) -> str:
     """Say of each pod that is not ready what Kubernetes says of it, and how its log ends."""
-    return await _told(pod for pod in await _pods(cluster) if _troubles(_status(pod)))
+    return await _told(pod for pod in await _pods(cluster) if troubles(_status(pod)))
 
 
 async def hopeless(cluster: Any) -> str:
     """Say which pods Kubernetes cannot start, or has tried to often enough."""
-    told = await _told(
-        pod
-        for pod in await _pods(cluster)
-        if any(map(partial(_is_stuck, _age_s(pod)), _containers(_status(pod))))
-    )
+    pods = await _pods(cluster)
+    stuck = cluster.stuck_pods.among({pod.name: _status(pod) for pod in pods})
+    told = await _told(pod for pod in pods if pod.name in stuck)
     return told and f"these pods do not start:\n{told}"
 
 
 async def _told(pods: Iterable[Pod]) -> str:
     lines = []
     for pod in pods:
-        lines.append(f"pod {pod.name}: {'; '.join(_troubles(_status(pod)))}")
+        lines.append(f"pod {pod.name}: {'; '.join(troubles(_status(pod)))}")
         lines += await _log_end(pod)
     return "\n".join(lines)
-
-
-def _is_stuck(pod_age_s: float, container: dict[str, Any]) -> bool:
-    reason, _ = _state(container)
-    return (
-        reason in STUCK
-        or (reason in STUCK_FOR_LONG and pod_age_s > PATIENCE_S)
-        or (reason == "CrashLoopBackOff" and container.get("restartCount", 0) >= ENOUGH_RESTARTS)
-    )
-
-
-def _age_s(pod: Pod) -> float:
-    created = datetime.fromisoformat(pod.to_dict()["metadata"]["creationTimestamp"])
-    return (datetime.now(UTC) - created).total_seconds()
 
 
 async def _pods(cluster: Any) -> list[Pod]:
@@ -202,7 +180,7 @@ async def _pods(cluster: Any) -> list[Pod]:
 
 async def _log_end(pod: Pod) -> list[str]:
     """Give the last lines of a container that ended and is started again."""
-    if not any(_state(one)[0] == "CrashLoopBackOff" for one in _containers(_status(pod))):
+    if not any(state_of(one)[0] == "CrashLoopBackOff" for one in containers_in(_status(pod))):
         return []
     try:
         lines = [line async for line in pod.logs(tail_lines=LOG_TAIL_LINES)]
@@ -214,30 +192,6 @@ async def _log_end(pod: Pod) -> list[str]:
 def _status(pod: Pod) -> dict[str, Any]:
     status: dict[str, Any] = pod.to_dict().get("status", {})
     return status
-
-
-def _containers(status: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
-
-
-def _state(container: dict[str, Any]) -> tuple[str, str]:
-    """Give the reason why a container is not running, and what is said of it."""
-    for state in container.get("state", {}).values():
-        if isinstance(state, dict) and state.get("reason"):
-            return state["reason"], state.get("message") or ""
-    return "", ""
-
-
-def _troubles(status: dict[str, Any]) -> list[str]:
-    phase = status.get("phase", "unknown")
-    said = [phase] if phase != "Running" else []
-    said += [
-        condition["message"]
-        for condition in status.get("conditions", ())
-        if condition.get("status") == "False" and condition.get("message")
-    ]
-    said += filter(None, (" ".join(_state(one)).strip() for one in _containers(status)))
-    return said
 
 
 def _refusal(error: kr8s.ServerError, namespace: str) -> str:

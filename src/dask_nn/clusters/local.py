@@ -22,7 +22,7 @@ from distributed import Client, LocalCluster
 from dask_nn.clusters.dashboard_port import free_or_any
 from dask_nn.clusters.graphics_cards import check_cards, give_a_card_to_each, visible_cards
 from dask_nn.clusters.local_options import check_request
-from dask_nn.clusters.loop import loop_blind_to_interrupts, start_in
+from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in
 from dask_nn.clusters.quiet import quiet_distributed
 from dask_nn.clusters.reason import reason_of
 from dask_nn.errors import ClusterError, ConfigurationError
@@ -46,6 +46,9 @@ FEW_WAKE_UPS = {
 # So long after a worker was lost, a local cluster looks whether it is there, and ends its nanny
 # if not, even if a second loss has just happened that the nanny is about to mend.
 PATIENT_WITH_NANNIES = {"distributed.deploy.lost-worker-timeout": "1 day"}
+# A scheduler that is being made, and imports its dashboard, keeps the event loop busy so long at
+# most on a slow machine.
+SETTLE_TIMEOUT_S = 30.0
 
 
 def available_cores() -> int:
@@ -133,13 +136,16 @@ def local_cluster(
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
         runner = loop_blind_to_interrupts()
-        stack.callback(runner.stop, close_timeout_s)
+        stack.callback(runner.stop, SETTLE_TIMEOUT_S)
+        made: list[LocalCluster] = []
+        stack.push(partial(_close, runner, made, before, close_timeout_s))
         with warnings.catch_warnings(), dask.config.set(FEW_WAKE_UPS):
             # A busy dashboard port is no problem: another one is taken, and its address is shown.
             warnings.filterwarnings("ignore", message="Port .* is already in use")
             making = start_in(
                 runner,
                 _make(
+                    made,
                     n_workers=workers,
                     threads_per_worker=threads_per_worker,
                     processes=processes,
@@ -162,7 +168,6 @@ def local_cluster(
                 cluster = making.result()
             except (TypeError, ValueError) as error:
                 raise ConfigurationError(f"the local cluster cannot be made: {error}") from error
-            stack.push(partial(_close, runner, cluster, before, close_timeout_s))
             if gpus:
                 give_a_card_to_each(cluster, cards)
             started = start_in(runner, _started(cluster))
@@ -226,8 +231,9 @@ def _deepest(error: BaseException) -> str:
     return reason_of(error) if cause is None else _deepest(cause)
 
 
-async def _make(**options: Any) -> LocalCluster:
+async def _make(made: list[LocalCluster], **options: Any) -> LocalCluster:
     cluster = LocalCluster(**options)
+    made.append(cluster)
     # The block closes it; at the end of the process there would be no loop to do so.
     cluster.shutdown_on_close = False
     return cluster
@@ -246,7 +252,7 @@ async def _closed(cluster: Any) -> None:
 
 def _close(
     runner: LoopRunner,
-    cluster: LocalCluster,
+    made: list[LocalCluster],
     before: frozenset[int | None],
     timeout_s: float,
     error: type[BaseException] | None,
@@ -254,14 +260,20 @@ def _close(
 ) -> None:
     # Who presses Ctrl-C waits for the prompt; and nothing of the workers is kept anyway.
     patience_s = 0.1 if error and issubclass(error, KeyboardInterrupt) else timeout_s
-    closed = asyncio.run_coroutine_threadsafe(_closed(cluster), runner.loop.asyncio_loop)
+
+    async def close() -> None:
+        for cluster in made:
+            closing = asyncio.ensure_future(_closed(cluster))
+            await asyncio.wait({closing}, timeout=patience_s)
+            if not closing.done():
+                # Workers that hang must not keep the caller; without them the cluster closes.
+                _kill_children_except(before)
+            await closing
+
     with contextlib.suppress(TimeoutError, OSError, CancelledError):
-        try:
-            closed.result(patience_s)
-        except TimeoutError:
-            # Workers that hang must not keep the caller; without them the cluster closes at once.
-            _kill_children_except(before)
-            closed.result(timeout_s)
+        # It has its turn when the loop has made what it is just making: that cannot be closed
+        # before it is there, and would go on using the scratch folder.
+        see_through(start_in(runner, close()), SETTLE_TIMEOUT_S)
 
 
 def _kill_children_except(before: frozenset[int | None]) -> None:

@@ -56,16 +56,23 @@ def run_in[T](runner: LoopRunner, coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def see_through[T](future: Future[T], timeout_s: float) -> T:
-    """Wait for something that has to be done, even if Ctrl-C is pressed again meanwhile.
+    """Wait for something that has to be done, even if Ctrl-C is pressed meanwhile.
 
     Raises
     ------
+    KeyboardInterrupt
+        If Ctrl-C was pressed; not before it is done, or the time is over.
     TimeoutError
         If it is not done in time.
     """
     deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return future.result(max(0.0, deadline - time.monotonic()))
-        except KeyboardInterrupt:
-            continue
+    pressed = False
+    try:
+        while True:
+            try:
+                return future.result(max(0.0, deadline - time.monotonic()))
+            except KeyboardInterrupt:
+                pressed = True
+    finally:
+        if pressed:
+            raise KeyboardInterrupt

@@ -157,9 +157,11 @@ def _start_cluster(
             started.result()
     except KeyboardInterrupt:
         # A job that is just being submitted has no number yet by which it could be ended.
-        with contextlib.suppress(Exception):
-            see_through(started, SETTLE_TIMEOUT_S)
-        started.cancel()
+        try:
+            with contextlib.suppress(Exception):
+                see_through(started, SETTLE_TIMEOUT_S)
+        finally:
+            started.cancel()
         raise
 
 
