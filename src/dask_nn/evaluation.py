@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from dask_nn.data.inputs.read import read_inputs
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
+from dask_nn.data.row_blocks import (
+    aligned,
+    as_array,
+    check_finite,
+    check_lengths,
+    per_block,
+    shipped,
+)
 from dask_nn.errors import ConfigurationError, DataError, ModelError
 from dask_nn.grouping import Grouping, map_inputs
 from dask_nn.metrics.block import block_partials, check_loss, check_metrics
@@ -31,14 +39,6 @@ from dask_nn.metrics.guards import guarded
 from dask_nn.metrics.heads import WHOLE, num_outputs_of, resolve_heads
 from dask_nn.metrics.merge import Partial, compute, merge_named
 from dask_nn.metrics.objective import Objective
-from dask_nn.metrics.row_blocks import (
-    aligned,
-    as_array,
-    check_finite,
-    check_lengths,
-    per_block,
-    shipped,
-)
 from dask_nn.metrics.streams import classifies
 from dask_nn.pickling import dumps
 

@@ -18,6 +18,7 @@ from dask_nn.data.inputs.read import read_rows
 from dask_nn.data.inputs.results import frame_of, like_input
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
+from dask_nn.data.row_blocks import aligned, as_array, check_same_rows, per_block, shipped
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.grouping import Grouping
 from dask_nn.metrics.forward import (
@@ -30,7 +31,6 @@ from dask_nn.metrics.forward import (
     sendable,
 )
 from dask_nn.metrics.guards import guarded
-from dask_nn.metrics.row_blocks import aligned, as_array, check_same_rows, per_block, shipped
 from dask_nn.pickling import dumps
 
 if TYPE_CHECKING:

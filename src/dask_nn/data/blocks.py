@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import dask.array as da
 import numpy as np
 
+from dask_nn.data.cuts import one_chunk_per_row_block
 from dask_nn.data.memory import Memory, Room, fits
 from dask_nn.data.resident import (
     Sent,
-    one_chunk_per_row_block,
     persist,
     place,
     resolve_lengths,
@@ -148,7 +148,7 @@ def align(
         _check_array(name, array)
     _check_lengths(arrays)
     lazy = {
-        name: one_chunk_per_row_block(array)
+        name: one_chunk_per_row_block(name, array)
         for name, array in arrays.items()
         if isinstance(array, da.Array)
     }

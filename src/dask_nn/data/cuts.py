@@ -5,17 +5,44 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import dask
 import dask.array as da
+import numpy as np
 from dask.base import tokenize
 from dask.layers import ArrayBlockwiseDep
 from dask.utils import key_split
 
 from dask_nn.data.lengths import check_rows
+from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["cut_rows"]
+__all__ = ["cut_rows", "one_chunk_per_row_block"]
+
+
+def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
+    """Join the chunks along all axes but the first.
+
+    Raises
+    ------
+    DataError
+        If the length of such an axis is unknown, so that Dask cannot.
+    """
+    cut = {axis: -1 for axis, number in enumerate(array.numblocks) if axis and number > 1}
+    if not cut:
+        return array
+    for axis in cut:
+        if np.isnan(array.shape[axis]):
+            message = (
+                f"the length of axis {axis} of {name} is unknown, and it has "
+                f"{array.numblocks[axis]} chunks there; only the number of rows may be unknown: "
+                "call compute_chunk_sizes() on it"
+            )
+            raise DataError(message)
+    with dask.config.set({"array.rechunk.method": "tasks"}):  # only neighbours are joined
+        joined: da.Array = array.rechunk(cut)
+    return joined
 
 
 def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:

@@ -25,21 +25,7 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-__all__ = ["Sent", "one_chunk_per_row_block", "persist", "place", "resolve_lengths"]
-
-
-def one_chunk_per_row_block(array: da.Array) -> da.Array:
-    """Join the chunks along all axes but the first."""
-    cut = {axis: -1 for axis, chunks in enumerate(array.chunks) if axis and len(chunks) > 1}
-    if not cut:
-        return array
-    try:
-        with dask.config.set({"array.rechunk.method": "tasks"}):  # only neighbours are joined
-            rechunked: da.Array = array.rechunk(cut)
-    except ValueError as error:
-        message = f"chunks along axes {sorted(cut)} cannot be joined: {error}"
-        raise DataError(message) from error
-    return rechunked
+__all__ = ["Sent", "persist", "place", "resolve_lengths"]
 
 
 def persist(arrays: dict[str, da.Array], client: Client | None) -> dict[str, da.Array]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from torch import nn
 
+from dask_nn.data.cuts import one_chunk_per_row_block
+from dask_nn.data.row_blocks import as_array, per_block, shipped
 from dask_nn.errors import DataError
-from dask_nn.metrics.row_blocks import as_array, one_chunk_per_row_block, per_block, shipped
 
 MODEL = pickle.dumps(nn.Dropout())
 

@@ -13,7 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.layers import ArrayBlockwiseDep
 
-from dask_nn.data.cuts import cut_rows
+from dask_nn.data.cuts import cut_rows, one_chunk_per_row_block
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = [
     "check_finite",
     "check_lengths",
     "check_same_rows",
-    "one_chunk_per_row_block",
     "per_block",
     "shipped",
 ]
@@ -51,24 +50,6 @@ def as_array(name: str, value: Any) -> Any:
     if value.ndim == 0:
         raise DataError(f"{name} must have an axis of rows, got a single number")
     return value
-
-
-def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
-    """Join the chunks along all axes but the first.
-
-    Raises
-    ------
-    DataError
-        If the length of another axis is unknown.
-    """
-    for axis, length in enumerate(array.shape[1:], start=1):
-        if np.isnan(length):
-            raise DataError(
-                f"the length of axis {axis} of {name} is unknown; only the number of rows may "
-                "be: call compute_chunk_sizes() on it"
-            )
-    split = {axis: -1 for axis, number in enumerate(array.numblocks) if axis and number > 1}
-    return array.rechunk(split) if split else array
 
 
 def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[da.Array]:
