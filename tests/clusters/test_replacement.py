@@ -53,7 +53,7 @@ def test_a_job_that_ends_before_its_worker_comes_is_replaced_until_one_comes() -
         return {job.name for job in Job.made[:1]}
 
     async def run() -> None:
-        options = {"protocol": "inproc://", "dashboard": False}
+        options = {"protocol": "inproc://", "dashboard": False, "dashboard_address": ":0"}
         async with SpecCluster(
             workers={0: {"cls": Job}},
             worker={"cls": Job},
