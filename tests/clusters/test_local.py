@@ -160,6 +160,17 @@ def test_an_interrupt_while_the_scheduler_is_made_leaves_nothing(
     assert group_is_gone(group)
 
 
+def test_a_task_that_still_runs_keeps_nobody() -> None:
+    task_s = 10.0
+    with local_cluster(1, processes=False, dashboard_address=":0") as client:
+        task = client.submit(time.sleep, task_s)
+        while not any(client.processing().values()):
+            time.sleep(0.05)
+        began = time.monotonic()
+    assert time.monotonic() - began < task_s / 2
+    assert task.status != "finished"
+
+
 def test_the_client_is_closed_with_its_cluster() -> None:
     with local_cluster(1, processes=False, dashboard_address=":0") as client:
         assert isinstance(client, Client)

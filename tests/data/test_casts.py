@@ -55,6 +55,8 @@ def test_values_that_stay_what_they_are_may_be_cast(found, dtype):
         (np.array([1, "2"], object), "i8", "2"),
         (np.array(["2024-01-01"], "M8[s]"), "i8", "2024-01-01T00:00:00"),
         (np.array([1 + 2j]), "f8", r"\(1\+2j\)"),
+        (np.array([1.5, "7"], object), "f8", "7"),
+        (np.array([1.5, pd.NA], object), "f4", "<NA>"),
     ],
 )
 def test_values_that_would_change_are_refused_with_both_types(found, dtype, value):

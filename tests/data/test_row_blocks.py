@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from dask_nn.data.cuts import one_chunk_per_row_block
-from dask_nn.data.row_blocks import as_array, per_block, shipped
+from dask_nn.data.row_blocks import aligned, as_array, per_block, shipped
 from dask_nn.errors import DataError
 
 MODEL = pickle.dumps(nn.Dropout())
@@ -53,6 +53,12 @@ def test_unknown_lengths_of_other_axes_are_refused() -> None:
     X = da.ones((4, 6), chunks=2)
     with pytest.raises(DataError, match="axis 1 of X is unknown"):
         one_chunk_per_row_block("X", X[:, X[0] > 0])
+
+
+def test_unknown_lengths_of_other_axes_are_refused_before_anything_is_computed() -> None:
+    X = da.ones((4, 6), chunks=(2, 6))
+    with pytest.raises(DataError, match="axis 1 of X is unknown"):
+        aligned({"X": X[X[:, 0] > 0][:, X[0] > 0]})
 
 
 def test_ragged_lists_are_refused() -> None:

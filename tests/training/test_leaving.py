@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from functools import partial
+from typing import Any
 
 import dask
 import dask.array as da
@@ -15,7 +16,14 @@ from torch import nn
 from torch.optim import SGD
 
 import dask_nn
+from dask_nn.collectives.serial import SerialCommunicator
+from dask_nn.config import settings
+from dask_nn.controller.options import Options
+from dask_nn.controller.preparation import prepare
+from dask_nn.data.reader import MemoryReader
 from dask_nn.errors import TrainingInterrupted
+from dask_nn.training.orders import Orders
+from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 ROWS, BLOCKS = 64, 4
 PATIENCE_S = 20.0
@@ -69,3 +77,52 @@ def test_what_is_reached_is_saved_before_rows_on_their_way_have_come(tmp_path):
         )
     assert came_in_time == [True]
     assert 0 < caught.value.result.steps < ROWS // 4
+
+
+class SlowRows(MemoryReader):
+    """Has all rows but those of the first block late."""
+
+    def __init__(self, arrays: Any, may_come: threading.Event) -> None:
+        super().__init__(arrays)
+        self._may_come = may_come
+
+    def read_many(self, blocks: Any) -> Any:
+        if 0 not in blocks:
+            assert self._may_come.wait(PATIENCE_S)
+        return super().read_many(blocks)
+
+
+def test_who_is_told_to_save_while_it_waits_for_rows_saves(tmp_path):
+    options = Options(
+        model=nn.Linear(3, 2),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=partial(SGD, lr=0.1),
+        epochs=1,
+        batch_size=4,
+        shuffle=False,
+        window=1,
+        strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
+    )
+    X = da.ones((ROWS * BLOCKS, 3), chunks=(ROWS, 3), dtype=np.float32)
+    y = np.zeros(ROWS * BLOCKS, np.int64)
+    run = prepare(
+        options, X, y, client=None, settings=settings(), sample_weight=None, validation=None
+    )
+    may_come, orders, told = threading.Event(), Orders(), []
+    orders.stop.set()
+    env = RankEnvironment(
+        comm=SerialCommunicator(0, 1),
+        reader=SlowRows(run.blocks.arrays, may_come),
+        orders=orders,
+        checkpoint=dask_nn.Checkpoint(tmp_path / "run"),
+        keep=lambda _: threading.Timer(0.5, told_late).start(),
+        on_event=lambda name, _: told.append(name),
+    )
+
+    def told_late() -> None:
+        orders.finish()
+        may_come.set()
+
+    outcome = rank_main(run.spec, env)
+    assert (outcome.status, outcome.steps) == ("stopped", 1)
+    assert told == ["checkpoint"]

@@ -136,7 +136,7 @@ def local_cluster(
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(_kill_children_except, before)
         runner = loop_blind_to_interrupts()
-        stack.callback(runner.stop, SETTLE_TIMEOUT_S)
+        stack.callback(_stop, runner, close_timeout_s)
         made: list[LocalCluster] = []
         stack.push(partial(_close, runner, made, before, close_timeout_s))
         with warnings.catch_warnings(), dask.config.set(FEW_WAKE_UPS):
@@ -268,12 +268,20 @@ def _close(
             if not closing.done():
                 # Workers that hang must not keep the caller; without them the cluster closes.
                 _kill_children_except(before)
-            await closing
+                await asyncio.wait({closing}, timeout=timeout_s)
+            if closing.done():
+                closing.result()
 
     with contextlib.suppress(TimeoutError, OSError, CancelledError):
         # It has its turn when the loop has made what it is just making: that cannot be closed
         # before it is there, and would go on using the scratch folder.
         see_through(start_in(runner, close()), SETTLE_TIMEOUT_S)
+
+
+def _stop(runner: LoopRunner, timeout_s: float) -> None:
+    """Stop the event loop; a task that still runs in a thread of this process keeps nobody."""
+    with contextlib.suppress(TimeoutError):
+        runner.stop(timeout_s)
 
 
 def _kill_children_except(before: frozenset[int | None]) -> None:

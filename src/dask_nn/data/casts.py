@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ def check_cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> 
     """Check that an array may be cast: NumPy itself makes 0 of a missing value, and 44 of 300.
 
     Values are looked at only where the type has no room for all that the array's type can hold.
-    Floating types take every number, rounded.
+    Floating types take every number: rounded, or infinite where it is too large for them.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ def check_cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> 
 def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> str:
     """Say why an array may not be cast, for an error that begins with its name; empty if it may."""
     kind = found.dtype.kind
-    if np.can_cast(found.dtype, dtype, "safe") or (dtype.kind == "f" and kind in "biufO"):
+    if np.can_cast(found.dtype, dtype, "safe") or (dtype.kind == "f" and kind in "biuf"):
         return ""
     if not found.size:  # pandas gives a type to columns of no rows, too
         return ""
@@ -53,13 +54,15 @@ def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> str:
         return ""
     value = found.flat[int(same.argmin())]
     return (
-        f"has type {found.dtype}, expected {dtype} as its collection tells or its first block has, "
-        f"and the value {value!s}, which that type cannot hold: give it one type in all blocks "
-        "where the data is made, or fill the missing values there (they make floats of integers)"
+        f"has type {found.dtype}, expected {dtype} in all blocks, and the value {value!s}, which "
+        "that type cannot hold: give it one type where the data is made, or fill the missing "
+        "values there (they make floats of integers)"
     )
 
 
 def _fits(value: Any, dtype: np.dtype[Any]) -> bool:
+    if dtype.kind == "f":  # Python would read text as numbers
+        return value is None or isinstance(value, numbers.Number | np.bool_)
     try:
         return bool(dtype.type(value) == value)
     except (TypeError, ValueError, OverflowError):

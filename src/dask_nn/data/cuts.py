@@ -16,9 +16,26 @@ from dask_nn.data.lengths import check_rows
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["cut_rows", "one_chunk_per_row_block"]
+__all__ = ["check_width", "cut_rows", "one_chunk_per_row_block"]
+
+
+def check_width(name: str, array: Any, axes: Iterable[int] | None = None) -> None:
+    """Check that axes have known lengths: these, or all but the first.
+
+    Raises
+    ------
+    DataError
+        If one has not.
+    """
+    for axis in range(1, array.ndim) if axes is None else axes:
+        if np.isnan(array.shape[axis]):
+            message = (
+                f"the length of axis {axis} of {name} is unknown; only the number of rows may be: "
+                "call compute_chunk_sizes() on it"
+            )
+            raise DataError(message)
 
 
 def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
@@ -32,14 +49,7 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
     cut = {axis: -1 for axis, number in enumerate(array.numblocks) if axis and number > 1}
     if not cut:
         return array
-    for axis in cut:
-        if np.isnan(array.shape[axis]):
-            message = (
-                f"the length of axis {axis} of {name} is unknown, and it has "
-                f"{array.numblocks[axis]} chunks there; only the number of rows may be unknown: "
-                "call compute_chunk_sizes() on it"
-            )
-            raise DataError(message)
+    check_width(name, array, cut)
     with dask.config.set({"array.rechunk.method": "tasks"}):  # only neighbours are joined
         joined: da.Array = array.rechunk(cut)
     return joined

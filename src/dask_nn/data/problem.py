@@ -88,14 +88,14 @@ class TaskLog(Callback):
     ----------
     finished : set
         Keys of tasks that ended well.
-    begun : set
-        Keys of those that did not end, and of all that depends on them.
+    under_way : set
+        Keys of those that were running then, and of all that depends on them.
     """
 
     def __init__(self) -> None:
         super().__init__(finish=self._note)  # type: ignore[no-untyped-call]
         self.finished: set[Any] = set()
-        self.begun: set[Any] = set()
+        self.under_way: set[Any] = set()
 
     def _note(self, graph: Any, state: dict[str, Any], errored: bool) -> None:
         del graph, errored
@@ -103,8 +103,8 @@ class TaskLog(Callback):
         reached = list(state["running"])
         while reached:
             key = reached.pop()
-            if key not in self.begun:
-                self.begun.add(key)
+            if key not in self.under_way:
+                self.under_way.add(key)
                 reached += state["dependents"][key]
 
 
@@ -119,7 +119,7 @@ def find_problem(parts: Iterable[tuple[int, Delayed]], log: TaskLog) -> Problem 
         Of the failure: blocks that were computed are left out, those under way come first.
     """
     suspects = [(number, part) for number, part in parts if part.key not in log.finished]
-    for number, part in sorted(suspects, key=lambda suspect: suspect[1].key not in log.begun):
+    for number, part in sorted(suspects, key=lambda suspect: suspect[1].key not in log.under_way):
         try:
             part.compute()
         except Exception as error:

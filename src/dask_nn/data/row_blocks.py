@@ -13,7 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.layers import ArrayBlockwiseDep
 
-from dask_nn.data.cuts import cut_rows, one_chunk_per_row_block
+from dask_nn.data.cuts import check_width, cut_rows, one_chunk_per_row_block
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     DataError
         If they differ in length, have no rows, or an unknown length cannot be computed.
     """
+    for name, array in arrays.items():
+        check_width(name, array)
     lazy = [array for array in arrays.values() if isinstance(array, da.Array)]
     unknown = [np.isnan(array.shape[0]) for array in lazy]
     same = len({array.numblocks[0] for array in lazy}) == 1

@@ -15,7 +15,7 @@ from dask.delayed import Delayed, delayed
 from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
-from dask_nn.data.cuts import cut_rows
+from dask_nn.data.cuts import check_width, cut_rows
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import Problem, TaskLog, find_problem
@@ -221,6 +221,8 @@ def _with_lengths(name: str, array: da.Array, client: Client | None) -> da.Array
 
 def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Array]:
     """Cut arrays at the rows of the first, and smaller where a block would be too large."""
+    for name, array in lazy.items():
+        check_width(name, array)
     (first, reference), *_ = lazy.items()
     row_bytes = sum(array.dtype.itemsize * int(np.prod(array.shape[1:])) for array in lazy.values())
     largest = max(reference.chunks[0], default=0)

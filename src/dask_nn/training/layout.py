@@ -104,7 +104,7 @@ class LeafLayout:
 
     @property
     def num_result_elements(self) -> int:
-        """Elements before the votes: all that a batch decides."""
+        """Elements before the votes: gradients, buffers, loss sum and normaliser."""
         return self._tail_at + STOP
 
     @staticmethod

@@ -171,17 +171,25 @@ class _Standing:
         keepsake = None
         if self.has_state:
             keepsake = self.start if self.loop is None else self.loop.keepsake()
-        if keepsake is not None:
-            if env.keep is not None:
-                env.keep(keepsake)
-            # What it only started from is for the client to save: this rank has no claim yet.
-            begun = self.loop is not None
-            if begun and self.checkpointer is not None and env.orders.save.is_set():
-                self.checkpointer.save(keepsake.snapshot)
+        if keepsake is not None and env.keep is not None:
+            env.keep(keepsake)
+        done = self._save(keepsake, env)
+        if self.loop is not None:
+            self.loop.close()
+        if not done:
+            self._save(keepsake, env)  # it may have been told to meanwhile
+
+    def _save(self, keepsake: Keepsake | None, env: RankEnvironment) -> bool:
+        """Save as this rank is told to; tell whether nothing is left to do for it."""
         if self.checkpointer is None:
-            return
-        if self.over or env.orders.wait.is_set():
+            return True
+        # What it only started from is for the client to save: this rank has no claim yet.
+        if keepsake is not None and self.loop is not None and env.orders.save.is_set():
+            self.checkpointer.save(keepsake.snapshot)
+        waits = self.over or env.orders.wait.is_set()
+        if waits:
             self.checkpointer.finish(partial(self._wait, env))
+        return waits
 
     def close(self) -> None:
         """Let go of the threads that write checkpoints and load rows."""

@@ -121,7 +121,7 @@ def evaluate_block(
     for array, dtype in zip(arrays, dtypes, strict=True):
         check_cast(array, stored_dtype(dtype), f"validation block {block}")
     tensors = [
-        torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
+        torch.from_numpy(array.astype(stored_dtype(dtype))).to(dtype)
         for array, dtype in zip(arrays, dtypes, strict=True)
     ]
     grouping = spec.grouping
