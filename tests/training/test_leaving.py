@@ -27,6 +27,15 @@ from dask_nn.training.rank_main import RankEnvironment, rank_main
 
 ROWS, BLOCKS = 64, 4
 PATIENCE_S = 20.0
+OPTIONS: dict[str, Any] = {
+    "loss": nn.CrossEntropyLoss(),
+    "optimizer": partial(SGD, lr=0.1),
+    "epochs": 1,
+    "batch_size": 4,
+    "shuffle": False,
+    "window": 1,
+    "strategy": dask_nn.Synchronous(shards=1, threads_per_rank=1),
+}
 rows_are_awaited, rows_may_come = threading.Event(), threading.Event()
 came_in_time: list[bool] = []
 
@@ -63,17 +72,11 @@ def test_what_is_reached_is_saved_before_rows_on_their_way_have_come(tmp_path):
             nn.Linear(3, 2),
             X,
             da.zeros(ROWS * BLOCKS, chunks=ROWS, dtype=np.int64),
-            loss=nn.CrossEntropyLoss(),
-            optimizer=partial(SGD, lr=0.1),
-            epochs=1,
-            batch_size=4,
-            shuffle=False,
-            window=1,
             memory="stream",
             transform=slowly,
-            strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
             checkpoint=tmp_path / "run",
             callbacks=[Interrupt()],
+            **OPTIONS,
         )
     assert came_in_time == [True]
     assert 0 < caught.value.result.steps < ROWS // 4
@@ -93,16 +96,7 @@ class SlowRows(MemoryReader):
 
 
 def test_who_is_told_to_save_while_it_waits_for_rows_saves(tmp_path):
-    options = Options(
-        model=nn.Linear(3, 2),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=partial(SGD, lr=0.1),
-        epochs=1,
-        batch_size=4,
-        shuffle=False,
-        window=1,
-        strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
-    )
+    options = Options(model=nn.Linear(3, 2), **OPTIONS)
     X = da.ones((ROWS * BLOCKS, 3), chunks=(ROWS, 3), dtype=np.float32)
     y = np.zeros(ROWS * BLOCKS, np.int64)
     run = prepare(

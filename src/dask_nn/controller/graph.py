@@ -208,8 +208,7 @@ class _GraphRun:
     def _begin(self) -> Snapshot:
         """Give the state before the first step."""
         return self._progress.begin(
-            [worker.address for worker in self._seating.workers],
-            lambda address: address in self._watch.present,
+            [worker.address for worker in self._seating.workers], self._watch.is_present
         )
 
     def train(self) -> RankOutcome:

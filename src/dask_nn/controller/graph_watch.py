@@ -95,6 +95,10 @@ class WorkerWatch:
         """The workers that were there at the last look, without those that were given up."""
         return sorted(self._present)
 
+    def is_present(self, address: str) -> bool:
+        """Tell whether a worker is one of these."""
+        return address in self._present
+
     def look(self, *, at_once: bool = False) -> None:
         """Look around, once in a while.
 

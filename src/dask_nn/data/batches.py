@@ -172,9 +172,10 @@ def _put(tensor: torch.Tensor, place: NDArray[np.int64], found: NDArray[Any], pi
             "true?"
         )
         raise DataError(message)
-    check_cast(found, stored_dtype(tensor.dtype), f"block {piece.block}")
+    stored = stored_dtype(tensor.dtype)
+    check_cast(found, stored, f"block {piece.block}")
     if tensor.dtype == torch.bfloat16:  # unknown to NumPy
-        tensor[torch.from_numpy(place)] = torch.from_numpy(found.astype(np.float32)).bfloat16()
+        tensor[torch.from_numpy(place)] = torch.from_numpy(found.astype(stored)).bfloat16()
     else:
         tensor.numpy()[place] = found
 

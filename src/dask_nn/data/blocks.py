@@ -10,12 +10,7 @@ import numpy as np
 
 from dask_nn.data.cuts import one_chunk_per_row_block
 from dask_nn.data.memory import Memory, Room, fits
-from dask_nn.data.resident import (
-    Sent,
-    persist,
-    place,
-    resolve_lengths,
-)
+from dask_nn.data.resident import Sent, persist, place, resolve_lengths
 from dask_nn.data.sending import send_lost
 from dask_nn.data.streaming import is_persisted, measure, stream_blocks
 from dask_nn.errors import DataError

@@ -18,7 +18,7 @@ from dask_nn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["check_width", "cut_rows", "one_chunk_per_row_block"]
+__all__ = ["ToldRows", "check_width", "cut_rows", "one_chunk_per_row_block"]
 
 
 def check_width(name: str, array: Any, axes: Iterable[int] | None = None) -> None:
@@ -76,7 +76,7 @@ def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
     checked: da.Array = da.blockwise(
         partial(_checked, f"{name} as it was given"),
         axes,
-        _Told((array.chunks[0],)),
+        ToldRows((array.chunks[0],)),
         (0,),
         array,
         axes,
@@ -90,15 +90,15 @@ def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
     return recut
 
 
-class _Told(ArrayBlockwiseDep):
-    """The number of each block, and the rows that it should have."""
+class ToldRows(ArrayBlockwiseDep):
+    """The number of each block, and the rows that it should have: NaN where nobody knows."""
 
-    def __getitem__(self, idx: tuple[int, ...]) -> tuple[int, int]:
+    def __getitem__(self, idx: tuple[int, ...]) -> tuple[int, float]:
         (number,) = idx
-        return number, int(self.chunks[0][number])
+        return number, self.chunks[0][number]
 
 
-def _checked(of: str, told: tuple[int, int], block: Any) -> Any:
+def _checked(of: str, told: tuple[int, float], block: Any) -> Any:
     number, length = told
-    check_rows(number, (block,), length, of=of)
+    check_rows(number, (block,), int(length), of=of)
     return block

@@ -11,9 +11,8 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.delayed import Delayed, delayed
-from dask.layers import ArrayBlockwiseDep
 
-from dask_nn.data.cuts import check_width, cut_rows, one_chunk_per_row_block
+from dask_nn.data.cuts import ToldRows, check_width, cut_rows, one_chunk_per_row_block
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -228,7 +227,7 @@ def per_block(
     result: da.Array = da.blockwise(
         partial(_on_blocks, function, None if fields is None else tuple(fields.items())),
         (0, *new_axes),
-        _Lengths((lengths,)),
+        ToldRows((lengths,)),
         (0,),
         *arguments,
         objects,
@@ -243,23 +242,16 @@ def per_block(
     return result
 
 
-class _Lengths(ArrayBlockwiseDep):
-    """The rows that each block should have."""
-
-    def __getitem__(self, idx: tuple[int, ...]) -> float:
-        (number,) = idx
-        return self.chunks[0][number]
-
-
 def _on_blocks(
     function: Callable[..., Any],
     fields: tuple[tuple[str, tuple[int, ...]], ...] | None,
-    length: float,
+    told: tuple[int, float],
     *blocks_and_objects: Any,
 ) -> Any:
     *nested, objects = blocks_and_objects
     blocks = [_only(block) for block in nested]
     if fields is not None:
+        _, length = told
         _check_blocks(fields, blocks, length)
     try:
         return function(*blocks, objects)
