@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import shutil
@@ -38,6 +39,11 @@ IMPORTED = (
     "dask_nn.controller.worker_side",
     "dask_nn.data.peek",
 )
+
+# pytest gives its handlers to each logger that does not propagate, and there a cluster silences
+# them; where clusters overlap, or end late, they would stay deaf: `caplog` would be empty.
+for silenced in ("distributed", "bokeh"):
+    logging.getLogger(silenced).propagate = True
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -169,4 +169,4 @@ def test_what_ends_the_rest_has_time_of_its_own_after_a_close_that_hung(
 
     opened(lambda: Hanging(**HERE), close=end, close_timeout_s=0.5)
     assert ended == [logging.CRITICAL]
-    assert "was not closed cleanly" in caplog.text
+    assert "was not closed cleanly: TimeoutError" in caplog.text

@@ -9,6 +9,7 @@ def reason_of(error: BaseException) -> str:
     """Give what an error says, of the errors behind it if it says nothing itself."""
     seen = str(error).strip()
     cause = error.__cause__ or error.__context__
-    if not seen and cause is not None:
+    # A deadline that is over cancels what it waits for: that is no reason.
+    if not seen and isinstance(cause, Exception):
         return reason_of(cause)
     return seen or type(error).__name__
