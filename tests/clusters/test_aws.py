@@ -402,6 +402,15 @@ def test_a_scheduler_whose_container_fails_is_an_error_and_its_machine_ends(regi
     assert states(said) == ["terminated"]
 
 
+@pytest.mark.timeout(2 * JOB_TIMEOUT_S)
+def test_a_scheduler_that_runs_and_cannot_be_reached_is_told_with_what_may_be_the_reason(region):
+    elsewhere = {"scheduler_options": {"host": "127.0.0.2"}}
+    said = region({"workers": 1, "start_timeout_s": 8} | elsewhere | EC2_JOB)
+    assert "was not there within 8 s" in said["err"]
+    assert "its port 8786 does not answer here: either the security group" in said["err"]
+    assert states(said) == ["terminated"]
+
+
 @pytest.mark.timeout(3 * JOB_TIMEOUT_S)
 def test_training_on_fargate_gives_the_bits_of_local_training_and_leaves_nothing(trained):
     said = trained
