@@ -74,7 +74,7 @@ def test_a_deadline_of_the_library_is_told_in_its_own_words() -> None:
 
 def test_a_start_that_takes_too_long_says_how_to_wait_longer() -> None:
     with pytest.raises(ClusterError, match=r"0 of 1 workers came.*start_timeout_s=, --start-time"):
-        opened(barren, start_timeout_s=0.5)
+        opened(barren, start_timeout_s=2)
 
 
 class Slow(LocalCluster):
@@ -139,7 +139,7 @@ def test_a_platform_that_gives_no_answer_does_not_end_the_start(
         raise OSError("cannot allocate memory")
 
     with pytest.raises(ClusterError, match="0 of 1 workers came"):
-        opened(barren, start_timeout_s=0.5, hopeless=hopeless)
+        opened(barren, start_timeout_s=2, hopeless=hopeless)
     assert asked
 
 
@@ -163,10 +163,10 @@ def test_what_ends_the_rest_has_time_of_its_own_after_a_close_that_hung(
             await super()._close()
 
     async def end(cluster: Any) -> None:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.5)
         ended.append(logging.getLogger("distributed").level)
         await cluster.close()
 
-    opened(lambda: Hanging(**HERE), close=end, close_timeout_s=0.5)
+    opened(lambda: Hanging(**HERE), close=end, close_timeout_s=2)
     assert ended == [logging.CRITICAL]
     assert "was not closed cleanly: TimeoutError" in caplog.text
