@@ -87,9 +87,32 @@ def test_a_file_whose_labels_have_another_type_is_refused(memory, where, tmp_pat
 @strange
 @in_memory
 def test_a_part_whose_features_have_another_type_is_refused(values, memory, where):
-    said = r"block 1 has type float64, expected uint8"
+    said = r"block 1 of X has type float64, expected uint8"
     with pytest.raises((DataError, RankFailed), match=said):
         train(parts(values), memory=memory, **where)
+
+
+class Members(nn.Linear):
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return super().forward((left + right).float())
+
+
+@in_memory
+def test_the_member_of_a_dictionary_is_named(memory, where):
+    X = {"left": da.ones((8, 1), "f4", chunks=4), "right": told("u1", [[1]] * 4, [[300]] * 4)}
+    with pytest.raises((DataError, RankFailed), match=r"block 1 of X\.right has type int64, exp"):
+        dask_nn.train(
+            Members(1, 2),
+            X,
+            told("i8", LABELS, LABELS),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            batch_size=8,
+            epochs=1,
+            memory=memory,
+            strategy=dask_nn.Synchronous(shards=2, threads_per_rank=1),
+            **where,
+        )
 
 
 @pytest.mark.parametrize("labels", [[1, 1, np.nan, 1], [1, 1, 1, 0.9]], ids=["missing", "broken"])
@@ -103,7 +126,7 @@ def test_a_part_whose_labels_have_another_type_is_refused(labels, memory, where)
 @in_memory
 def test_targets_that_are_no_labels_are_refused_too(memory):
     data = parts(WHOLE, [1, 1, 0.9, 1])
-    with pytest.raises(DataError, match=r"block 1 has type float64, expected int64"):
+    with pytest.raises(DataError, match=r"block 1 of y has type float64, expected int64"):
         dask_nn.train(
             nn.Linear(1, 1),
             data,
@@ -123,7 +146,7 @@ def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @in_memory
 def test_validation_data_of_another_type_is_refused(memory, where):
-    said = r"validation block 1 has type float64, expected uint8"
+    said = r"validation data: block 1 of X has type float64, expected uint8"
     with pytest.raises((DataError, RankFailed), match=said):
         train(parts(WHOLE), validation=parts(STRANGE["broken"]), memory=memory, **where)
 

@@ -109,5 +109,5 @@ def _checked(of: str, dtype: np.dtype[Any], told: tuple[int, float], block: Any)
     number, length = told
     block = np.asarray(block)
     if not np.isnan(length):
-        check_rows(number, (block,), int(length), of=of)
+        check_rows(number, (block,), int(length), of=(of,))
     return cast(block, dtype, f"block {number} of {of}")
