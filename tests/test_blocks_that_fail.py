@@ -106,6 +106,13 @@ def test_a_block_of_another_width_is_named(call, client) -> None:
         call(blocks(narrow))
 
 
+def test_inputs_of_unknown_lengths_are_named_where_they_differ():
+    lazy = blocks(rows_of)
+    y = da.from_array(Y, chunks=10)[da.from_array(np.arange(60) != 33, chunks=10)]
+    with pytest.raises(DataError, match=r"block 3 could .*but X has 10, y has 9"):
+        evaluated(lazy[da.from_array(np.ones(60, bool), chunks=10)], y)
+
+
 def short(number: int) -> np.ndarray[Any, Any]:
     return rows_of(number)[:5] if number == 4 else rows_of(number)
 

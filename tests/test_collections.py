@@ -237,11 +237,9 @@ def test_a_partition_that_raises_is_named(form, memory, which, engine, request):
     client = None if here else request.getfixturevalue("client")
     options = {} if here else {"engine": engine}
     where = "" if here else r" on worker tcp://\S+"
-    text = rf"block {which} (of .* )?could not be computed{where}: RuntimeError: bad sector"
+    text = rf"block {which} of .* could not be computed{where}: RuntimeError: bad sector"
     if engine == "graph":  # of a stream, while it trains
-        text += (
-            rf"|tcp://\S+ failed .*block {which} could not be computed: RuntimeError: bad sector"
-        )
+        text += rf"|tcp://\S+ failed .*block {which} of X could not be computed: RuntimeError: bad"
     with pytest.raises((DataError, RankFailed), match=rf"(?s)({text}).*in failing\n"):
         train(*form(which), memory=memory, client=client, **options)
 
@@ -383,7 +381,9 @@ def test_a_source_that_grows_shorter_is_refused_by_block(kind, data, client, tmp
                 save(tmp_path / "shorter", data.X[:550])
                 (tmp_path / "shorter").rename(path)
 
-    with pytest.raises(RankFailed, match=r"block \d could not be .*has changed since.*\(550, 20\)"):
+    with pytest.raises(
+        RankFailed, match=r"block \d of X could not .*has changed since.*\(550, 20\)"
+    ):
         train(read(path), data.y, memory="stream", epochs=40, callbacks=[Shortener()])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
@@ -86,8 +87,32 @@ def test_a_file_whose_labels_have_another_type_is_refused(memory, where, tmp_pat
 @strange
 @in_memory
 def test_a_part_whose_features_have_another_type_is_refused(values, memory, where):
-    with pytest.raises((DataError, RankFailed), match=r"block 1 has type float64, expected uint8"):
+    said = r"block 1 of X has type float64, expected uint8"
+    with pytest.raises((DataError, RankFailed), match=said):
         train(parts(values), memory=memory, **where)
+
+
+class Members(nn.Linear):
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return super().forward((left + right).float())
+
+
+@in_memory
+def test_the_member_of_a_dictionary_is_named(memory, where):
+    X = {"left": da.ones((8, 1), "f4", chunks=4), "right": told("u1", [[1]] * 4, [[300]] * 4)}
+    with pytest.raises((DataError, RankFailed), match=r"block 1 of X\.right has type int64, exp"):
+        dask_nn.train(
+            Members(1, 2),
+            X,
+            told("i8", LABELS, LABELS),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            batch_size=8,
+            epochs=1,
+            memory=memory,
+            strategy=dask_nn.Synchronous(shards=2, threads_per_rank=1),
+            **where,
+        )
 
 
 @pytest.mark.parametrize("labels", [[1, 1, np.nan, 1], [1, 1, 1, 0.9]], ids=["missing", "broken"])
@@ -101,7 +126,7 @@ def test_a_part_whose_labels_have_another_type_is_refused(labels, memory, where)
 @in_memory
 def test_targets_that_are_no_labels_are_refused_too(memory):
     data = parts(WHOLE, [1, 1, 0.9, 1])
-    with pytest.raises(DataError, match=r"block 1 has type float64, expected int64"):
+    with pytest.raises(DataError, match=r"block 1 of y has type float64, expected int64"):
         dask_nn.train(
             nn.Linear(1, 1),
             data,
@@ -121,7 +146,7 @@ def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @in_memory
 def test_validation_data_of_another_type_is_refused(memory, where):
-    said = r"validation block 1 has type float64, expected uint8"
+    said = r"validation data: block 1 of X has type float64, expected uint8"
     with pytest.raises((DataError, RankFailed), match=said):
         train(parts(WHOLE), validation=parts(STRANGE["broken"]), memory=memory, **where)
 
@@ -143,14 +168,150 @@ def test_evaluate_and_predict_refuse_such_files(values, tmp_path):
         dask_nn.predict(nn.Linear(1, 2), data, features=["a"], transform=scaled).compute()
 
 
-def test_evaluate_and_predict_cast_no_part(threads_client):
-    """They know no type of the whole: what a part has is what the module gets."""
-    values = [5, 6, 7.9, 300.0]
-    model = nn.Linear(1, 1)
-    found = dask_nn.predict(model, parts(values), output="raw", transform=scaled)
-    rows = torch.tensor(values)[:, None]
-    np.testing.assert_allclose(found[1].compute(), model(scaled(rows)).detach(), rtol=1e-6)
-    with pytest.raises(DataError, match=r"block 1 could not be computed.*y has 1 rows with values"):
+# Values of blocks, and a type said of all of them that cannot hold one of the last.
+UNFIT = {
+    "missing": ("i8", [1.0, np.nan, 1.0, 0.0], "float64", "nan"),
+    "broken": ("i8", [1.0, 0.9, 1.0, 0.0], "float64", "0.9"),
+    "large": ("u1", [1, 300, 1, 0], "int64", "300"),
+    "text": ("i8", ["1", "0", "1", "0"], "<U1", "1"),
+}
+unfit = pytest.mark.parametrize(("dtype", "values", "found", "value"), UNFIT.values(), ids=UNFIT)
+
+
+def told(dtype: str, *blocks: Any) -> da.Array:
+    """Make an array of such blocks of four rows, whatever type they have."""
+    arrays = [np.asarray(block) for block in blocks]
+    return da.concatenate(
+        [da.from_delayed(delayed(a, pure=False), (4, *a.shape[1:]), dtype) for a in arrays]
+    )
+
+
+def column(values: Any) -> np.ndarray[Any, Any]:
+    return np.array(values)[:, None]
+
+
+@pytest.fixture(params=["here", "cluster"])
+def anywhere(request) -> None:
+    """Compute in this process, or on two workers."""
+    if request.param == "cluster":
+        request.getfixturevalue("threads_client")
+
+
+def refusal(dtype: str, found: str, value: str, of: str) -> str:
+    return rf"{of} has type {found}, expected {np.dtype(dtype)} in all blocks, .* value {value}, "
+
+
+BLOCK = r"block 1 could not be computed.*: "
+
+
+@unfit
+def test_predict_refuses_blocks_of_another_type(anywhere, dtype, values, found, value):
+    X = told(dtype, column([1, 2, 3, 4]), column(values))
+    for given, of in ((X, "X"), ({"input": X}, r"X\.input")):
+        lazy = dask_nn.predict(nn.Linear(1, 3), given, transform=as_floats)
+        with pytest.raises(DataError, match=BLOCK + refusal(dtype, found, value, of)):
+            lazy.compute()
+
+
+def as_floats(rows: Any) -> Any:
+    if isinstance(rows, dict):
+        return {key: as_floats(value) for key, value in rows.items()}
+    return rows.float()
+
+
+@unfit
+def test_evaluate_refuses_features_of_another_type(anywhere, dtype, values, found, value):
+    X = told(dtype, column([1, 2, 3, 4]), column(values))
+    with pytest.raises(DataError, match=BLOCK + refusal(dtype, found, value, "X")):
+        dask_nn.evaluate(nn.Linear(1, 2), X, told("i8", LABELS, LABELS), transform=as_floats)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mse"])
+@pytest.mark.parametrize("kind", ["missing", "broken", "text"])
+def test_evaluate_refuses_targets_of_another_type(anywhere, kind, metric):
+    dtype, values, found, value = UNFIT[kind]
+    outputs = 2 if metric == "accuracy" else 1
+    X, y = da.zeros((8, 1), chunks=4, dtype="f4"), told(dtype, LABELS, values)
+    with pytest.raises(DataError, match=BLOCK + refusal(dtype, found, value, "y")):
+        dask_nn.evaluate(nn.Linear(1, outputs), X, y, metrics=[metric])
+
+
+def test_evaluate_refuses_weights_of_another_type(anywhere):
+    X, y = da.zeros((8, 1), chunks=4, dtype="f4"), told("i8", LABELS, LABELS)
+    weight = told("f4", [1.0] * 4, ["1"] * 4)
+    said = BLOCK + refusal("f4", "<U1", "1", "sample_weight")
+    with pytest.raises(DataError, match=said):
         dask_nn.evaluate(
-            nn.Linear(1, 2), parts(WHOLE, [1, np.nan, 1, 0]), metrics=["accuracy"], transform=scaled
+            nn.Linear(1, 2),
+            X,
+            y,
+            metrics=[],
+            sample_weight=weight,
+            loss=nn.CrossEntropyLoss(),
         )
+
+
+def test_evaluate_takes_no_integers_too_large_for_a_batch():
+    y = np.array([2**64 - 1] * 4, "u8")
+    with pytest.raises(DataError, match=refusal("i8", "uint64", "18446744073709551615", "y")):
+        dask_nn.evaluate(nn.Linear(1, 1), np.zeros((4, 1), "f4"), y, metrics=["mse"])
+
+
+def by_its_type(rows: torch.Tensor) -> torch.Tensor:
+    return rows.float() / torch.iinfo(rows.dtype).max
+
+
+def test_evaluate_and_predict_cast_blocks_that_keep_their_values(anywhere):
+    """A transform sees one type in all blocks, and a loss its labels."""
+    whole, labels = column([5, 6, 7, 255]), [0, 1, 1, 0]
+    model = nn.Linear(1, 2)
+    results = []
+    for other in (whole.astype("u1"), whole.astype("f8"), whole.astype(object)):
+        X = told("u1", whole.astype("u1"), other)
+        y = told("i8", labels, np.array(labels, other.dtype))
+        raw = dask_nn.predict(model, X, output="raw", transform=by_its_type).compute()
+        options = {"loss": nn.CrossEntropyLoss(), "metrics": ["accuracy"]}
+        scores = dask_nn.evaluate(model, X, y, transform=by_its_type, **options)
+        results.append((raw.tolist(), scores))
+    assert results[1:] == [results[0]] * 2
+
+
+# Dask gives what it joins the type of its first piece: 44 would be a label, and 0.9 would be 0.
+JOINED = r"block 1 of {} as it was given"
+
+
+@unfit
+def test_evaluate_looks_at_labels_before_they_are_joined(anywhere, dtype, values, found, value):
+    X, y = da.zeros((8, 1), dtype="f4", chunks=(8, 1)), told(dtype, np.array(LABELS, dtype), values)
+    with pytest.raises(DataError, match=refusal(dtype, found, value, JOINED.format("y"))):
+        dask_nn.evaluate(nn.Linear(1, 50), X, y, metrics=["accuracy"])
+
+
+@unfit
+@in_memory
+def test_train_looks_at_labels_before_they_are_joined(memory, where, dtype, values, found, value):
+    X, y = da.zeros((8, 1), dtype="f4", chunks=(8, 1)), told(dtype, np.array(LABELS, dtype), values)
+    said = refusal(dtype, found, value, JOINED.format("y"))
+    with pytest.raises(DataError, match=said):
+        train(X, y, memory=memory, **where)
+
+
+@unfit
+def test_columns_are_looked_at_before_they_are_joined(anywhere, dtype, values, found, value):
+    left = da.ones((8, 1), dtype=dtype, chunks=(4, 1))
+    X = da.concatenate([left, told(dtype, column([1, 2, 3, 4]), column(values))], axis=1)
+    said = refusal(dtype, found, value, JOINED.format("X"))
+    with pytest.raises(DataError, match=said):
+        dask_nn.predict(nn.Linear(2, 3), X, transform=as_floats).compute()
+    with pytest.raises(DataError, match=said):
+        train(X, da.zeros(8, chunks=4, dtype="i8"), client=None)
+
+
+def test_blocks_that_keep_their_values_are_joined_in_one_type(anywhere):
+    X = da.zeros((8, 1), dtype="f4", chunks=(8, 1))
+    y = told("i8", np.array([0.0, 1.0, 1.0, 1.0]), [0, 1, 1, 1])
+    model = nn.Linear(1, 2)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 1.0]))  # it says 1 of every row
+    assert dask_nn.evaluate(model, X, y, metrics=["accuracy"]) == {"accuracy": 0.75}

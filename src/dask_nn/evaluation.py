@@ -12,12 +12,14 @@ import numpy as np
 from dask.delayed import delayed
 from torch import Tensor, nn
 
+from dask_nn.data.blocks import fields_of
 from dask_nn.data.inputs.read import read_inputs
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
 from dask_nn.data.row_blocks import (
     aligned,
     as_array,
+    as_told,
     check_finite,
     check_lengths,
     per_block,
@@ -137,6 +139,7 @@ def evaluate(
             return _on_cluster(model, arrays, grouping, metrics, objective, batch_size, transform)
         rows = list(arrays.values())
         criteria = _criteria(model, rows, grouping, metrics, objective, transform)
+        rows = as_told(fields_of(arrays), floating_dtype(model), rows)
         criteria.check(grouping.targets(rows), grouping.weights(rows))
         partials = block_partials(
             model,
@@ -261,10 +264,9 @@ def _on_cluster(
         row_shape=(),
         meta=np.empty(0, dtype=object),
         name="dask-nn-evaluate",
-        fields={
-            name: tuple(map(int, array.shape[1:]))
-            for name, array in zip(inputs, arrays, strict=True)
-        },
+        check=partial(
+            as_told, fields_of(dict(zip(inputs, arrays, strict=True))), floating_dtype(sent)
+        ),
     )
     parts = list(guarded(blocks, pauses_s=RETRY_PAUSES_S).to_delayed().ravel())
     merge_parts = delayed(merge_named, pure=True)

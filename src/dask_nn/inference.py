@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dask_nn.data.blocks import fields_of
 from dask_nn.data.inputs.frames import Indexed
 from dask_nn.data.inputs.read import read_rows
 from dask_nn.data.inputs.results import frame_of, like_input
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
-from dask_nn.data.row_blocks import aligned, as_array, check_same_rows, per_block, shipped
+from dask_nn.data.row_blocks import aligned, as_array, as_told, check_lengths, per_block, shipped
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.grouping import Grouping
 from dask_nn.metrics.forward import (
     check_batch_size,
     count_rows,
+    floating_dtype,
     one_tensor,
     one_thread_per_task,
     outputs,
@@ -178,7 +180,7 @@ def _predict_arrays(
     grouping = Grouping.of(list(inputs))
     if not any(isinstance(array, da.Array) for array in inputs.values()):
         rows = list(inputs.values())
-        check_same_rows(rows)
+        check_lengths(inputs)
         X = grouping.inputs(rows)
         returned = probe(model, X, transform=transform)
         parts = _parts(returned, output)
@@ -193,10 +195,9 @@ def _predict_arrays(
     options: dict[str, Any] = {
         "name": "dask-nn-predict",
         "objects": objects,
-        "fields": {
-            name: tuple(map(int, array.shape[1:]))
-            for name, array in zip(inputs, blocks, strict=True)
-        },
+        "check": partial(
+            as_told, fields_of(dict(zip(inputs, blocks, strict=True))), floating_dtype(sent)
+        ),
     }
     if list(parts) == [None]:
         like = parts[None].like

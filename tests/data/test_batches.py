@@ -196,7 +196,7 @@ def test_windows_are_loaded_in_every_floating_type(dtype):
     reader = MemoryReader([(np.array([1.0, 2.0, 3.0], ">f8"),), (np.array([4.0], ">f8"),)])
     rows = new_rows(3, fields, (dtype,))
     window = Window(0, 3, (Piece(1, 0, 1), Piece(0, 1, 3)))
-    load_window(window, np.array([2, 0, 1]), reader, rows)
+    load_window(window, np.array([2, 0, 1]), reader, rows, ["X"])
     assert rows[0].tolist() == [3.0, 4.0, 2.0]
 
 
@@ -204,5 +204,7 @@ def test_windows_are_loaded_in_every_floating_type(dtype):
 def test_a_block_of_another_shape_is_not_repeated_to_fit(found):
     fields = (Field(name="X", shape=(2,), dtype=np.dtype("f8")),)
     rows = new_rows(3, fields, (torch.float64,))
-    with pytest.raises(DataError, match=r"block 0 gave an array of shape .*, expected \(3, 2\)"):
-        load_window(Window(0, 3, (Piece(0, 0, 3),)), np.arange(3), MemoryReader([(found,)]), rows)
+    window = Window(0, 3, (Piece(0, 0, 3),))
+    said = r"block 0 of X gave an array of shape .*, expected \(3, 2\)"
+    with pytest.raises(DataError, match=said):
+        load_window(window, np.arange(3), MemoryReader([(found,)]), rows, ["X"])

@@ -71,8 +71,9 @@ def test_a_window_takes_no_part_of_a_number(stored):
     kept = torch.from_numpy(np.empty(0, stored)).dtype
     reader = MemoryReader([(np.array([1], stored),), (np.array([1.0, 0.5]),)])
     window = Window(0, 3, (Piece(0, 0, 1), Piece(1, 0, 2)))
-    with pytest.raises(DataError, match=r"block 1 has type float64, expected .* the value 0\.5"):
-        load_window(window, np.arange(3), reader, new_rows(3, (field,), (kept,)))
+    said = r"block 1 of X has type float64, expected .* the value 0\.5"
+    with pytest.raises(DataError, match=said):
+        load_window(window, np.arange(3), reader, new_rows(3, (field,), (kept,)), ["X"])
 
 
 @pytest.mark.parametrize("dtype", ["float64", "Float64", "double[pyarrow]"])

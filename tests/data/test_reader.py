@@ -27,6 +27,7 @@ def reader(keys, own, peers, cache_bytes: int = 1 << 20) -> ClusterReader:
     return ClusterReader(
         keys,
         lengths=[len(next(iter((own | peers.values).values()))) for _ in keys],
+        names=[f"field {place}" for place, _ in enumerate(keys[0])],
         own=own,
         fetch=peers.fetch,
         cache_bytes=cache_bytes,
@@ -90,18 +91,26 @@ def test_one_key_may_stand_for_two_inputs():
 
 @pytest.mark.parametrize("kind", ["own", "fetched", "memory"])
 @pytest.mark.parametrize("rows", [3, 5])
-def test_a_block_of_another_length_is_refused_by_number(kind, rows):
+def test_a_block_of_another_length_is_refused_by_number_and_name(kind, rows):
     blocks = {"a": array(0), "b": array(1), "c": array(2, rows=rows)}
     keys, lengths = [("a", "b"), ("a", "c")], (4, 4)
+    names = ("X", "y")
     found: BlockReader
     if kind == "memory":
-        found = MemoryReader([tuple(blocks[key] for key in row) for row in keys], lengths=lengths)
+        arrays = [tuple(blocks[key] for key in row) for row in keys]
+        found = MemoryReader(arrays, lengths=lengths, names=names)
     else:
         own = blocks if kind == "own" else {}
         peers = Peers(**blocks)
         found = ClusterReader(
-            keys, lengths=lengths, own=own, fetch=peers.fetch, cache_bytes=0, fetch_whole=True
+            keys,
+            lengths=lengths,
+            names=names,
+            own=own,
+            fetch=peers.fetch,
+            cache_bytes=0,
+            fetch_whole=True,
         )
     assert len(found.read(0)) == 2
-    with pytest.raises(DataError, match=rf"block 1 gave an array of {rows} rows, expected 4:"):
+    with pytest.raises(DataError, match=rf"block 1 of y gave an array of {rows} rows, expected 4:"):
         found.read(1)

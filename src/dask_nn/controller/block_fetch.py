@@ -95,6 +95,7 @@ def make_reader(
     data: BlockSource,
     *,
     lengths: tuple[int, ...],
+    names: tuple[str, ...],
     size_bytes: int,
     uses: float,
     abort: threading.Event,
@@ -110,6 +111,8 @@ def make_reader(
         For each block the Dask key of each field, or how blocks are computed.
     lengths : tuple of int
         Rows of each block.
+    names : tuple of str
+        Of the fields.
     size_bytes : int
         Stored size of all of them.
     uses : float
@@ -145,6 +148,7 @@ def make_reader(
     return ClusterReader(
         data,
         lengths=lengths,
+        names=names,
         own=worker.data,
         fetch=fetch,
         cache_bytes=cache_bytes,

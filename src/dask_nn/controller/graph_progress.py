@@ -150,7 +150,9 @@ class GraphProgress:
                 pure=False,
             )
             for number, block in enumerate(
-                BlockTasks(self._client, self._validation, self._run_id).all(self.steps)
+                BlockTasks(self._client, self._validation, self._run_id, validates=True).all(
+                    self.steps
+                )
             )
         ]
         return self._waits.values(futures, step=self.steps)

@@ -150,10 +150,15 @@ class BlockTasks:
         For each block the Dask key of each field, or how blocks are computed.
     run_id : str
         The run.
+    validates : bool
+        Whether they are those of the validation data.
     """
 
-    def __init__(self, client: Client, data: BlockSource, run_id: str) -> None:
+    def __init__(
+        self, client: Client, data: BlockSource, run_id: str, *, validates: bool = False
+    ) -> None:
         self._client = client
+        self._validates = validates
         self._run_id = run_id
         self._data = data
         self._starts = data.starts if isinstance(data, Stream) else []
@@ -165,7 +170,9 @@ class BlockTasks:
         place = self.place(step, shard)
         order = cloudpickle.dumps(self._data.one(block))
         shared: list[Any] = [Future(key, self._client) for key in self._data.shared]
-        return self._client.submit(tasks.compute_block, place, block, order, shared, pure=False)
+        return self._client.submit(
+            tasks.compute_block, place, block, order, shared, self._validates, pure=False
+        )
 
     def place(self, step: int, shard: int) -> tasks.Place:
         """Say for whom a task works."""

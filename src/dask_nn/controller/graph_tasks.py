@@ -17,6 +17,7 @@ from distributed import get_worker
 from dask_nn.allocator import keeping_freed_memory
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.data.lengths import check_rows
+from dask_nn.data.problem import VALIDATION, of_validation_data
 from dask_nn.errors import DaskNNError, RankFailed
 from dask_nn.metrics.forward import between_tasks_s
 from dask_nn.metrics.objective import Objective
@@ -172,21 +173,30 @@ def open_window(
 
     with _named(place):
         numbers = [piece.block for piece in window.pieces]
+        names = [field.name for field in fields]
         reader = MemoryReader(
             dict(zip(numbers, map(tuple, blocks), strict=True)),
             lengths=dict(zip(numbers, lengths, strict=True)),
+            names=names,
         )
         rows = new_rows(window.length, fields, dtypes)
-        load_window(window, order, reader, rows)
+        load_window(window, order, reader, rows, names)
         return rows
 
 
-def compute_block(place: Place, block: int, order: bytes, shared: list[Any]) -> list[Any]:
+def compute_block(
+    place: Place, block: int, order: bytes, shared: list[Any], validates: bool
+) -> list[Any]:
     """Compute a block of a stream, for the step and shard that need it first."""
     from dask_nn.data.reader import with_retries
 
-    with _named(place, f"block {block} could not be computed: "):
-        stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
+    stream = pickle.loads(order)  # noqa: S301  (made by the run's client)
+    naming = of_validation_data() if validates else contextlib.nullcontext()
+    said = VALIDATION if validates else ""
+    with (
+        _named(place, f"{said}block {block} of {stream.computed} could not be computed: "),
+        naming,
+    ):
         values = stream.values | dict(zip(stream.shared, shared, strict=False))
         return list(with_retries(lambda: stream.compute(0, 0, values)))
 
@@ -267,16 +277,18 @@ def validate_block(
 ) -> dict[str, Partial]:
     """Evaluate one block of the validation data."""
     with _at_bench(payload, run_id, step=snapshot.steps) as bench:
-        check_rows(block, arrays, bench.spec.validation_lengths[block])
         bench.load(snapshot, weights_only=True)
-        return evaluate_block(
-            bench.state.model,
-            block,
-            arrays,
-            bench.dtypes,
-            spec=bench.spec,
-            objective=bench.objective,
-        )
+        with of_validation_data():
+            names = [field.name for field in bench.spec.fields]
+            check_rows(block, arrays, bench.spec.validation_lengths[block], of=names)
+            return evaluate_block(
+                bench.state.model,
+                block,
+                arrays,
+                bench.dtypes,
+                spec=bench.spec,
+                objective=bench.objective,
+            )
 
 
 def end_epoch(payload: bytes, run_id: str, snapshot: Snapshot, monitored: float) -> Snapshot:

@@ -14,6 +14,7 @@ from dask_nn.controller.locality import seat_where_data_lies
 from dask_nn.controller.options import Options, check_sizes
 from dask_nn.controller.placement import Seating, WorkerFacts, seat_ranks
 from dask_nn.data.peek import LabelRange, label_range, sample
+from dask_nn.data.problem import of_validation_data
 from dask_nn.errors import DataError
 from dask_nn.metrics.heads import num_outputs_of, resolve_heads
 from dask_nn.metrics.objective import Objective
@@ -93,7 +94,9 @@ def prepare(
     check_sizes(blocks.num_samples, batch_size=options.batch_size, shards=shards)
     validation_blocks = None
     if validation is not None:
-        validation_blocks = data.place(*parts_of_validation(validation, y, sample_weight))
+        parts = parts_of_validation(validation, y, sample_weight)
+        with of_validation_data():
+            validation_blocks = data.place(*parts)
         _check_same_rows(blocks, validation_blocks)
 
     seating = None
@@ -129,9 +132,10 @@ def prepare(
         progress_interval_s=settings.progress_interval_s,
         sample=sample(blocks, min(MAX_SAMPLE_ROWS, options.batch_size // shards), client=client),
     )
-    for data_set in (blocks, validation_blocks):
-        if data_set is not None:
-            check_targets(data_set, client)
+    check_targets(blocks, client)
+    if validation_blocks is not None:
+        with of_validation_data():
+            check_targets(validation_blocks, client)
     labels = _label_range(objective, blocks, client)
     output, target = try_step(spec, labels)
     found = resolve_heads(options.metrics, output, target, ignore_index=objective.ignore_index)
@@ -141,9 +145,10 @@ def prepare(
         check_labels(spec, labels, num_outputs)
         spec = replace(spec, ignored_labels=labels.ignored)
         if validation_blocks is not None:
-            validated = _label_range(objective, validation_blocks, client)
-            if validated is not None:
-                check_labels(spec, validated, num_outputs)
+            with of_validation_data():
+                validated = _label_range(objective, validation_blocks, client)
+                if validated is not None:
+                    check_labels(spec, validated, num_outputs)
     if seating is not None and client is not None and blocks.keys is not None:
         seating = seat_where_data_lies(seating, spec.plan(0), blocks.keys, client)
     return PreparedRun(

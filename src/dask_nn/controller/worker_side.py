@@ -277,6 +277,7 @@ def _run_rank(
             worker,
             data,
             lengths=lengths,
+            names=tuple(field.name for field in content.spec.fields),
             size_bytes=size_bytes,
             uses=uses,
             abort=handle.abort,

@@ -131,6 +131,7 @@ def load_window(
     order: NDArray[np.int64],
     reader: BlockReader,
     rows: tuple[torch.Tensor, ...],
+    names: Sequence[str],
 ) -> None:
     """Copy a window's rows, in the order in which they are taken, into one tensor for each field.
 
@@ -146,6 +147,8 @@ def load_window(
         Where the pieces are.
     rows : tuple of Tensor
         Shape (at least window.length, ...).
+    names : sequence of str
+        Of the fields, for errors.
 
     Raises
     ------
@@ -158,22 +161,24 @@ def load_window(
     blocks = reader.read_many([piece.block for piece in window.pieces])
     for piece, block in zip(window.pieces, blocks, strict=True):
         stop = start + piece.stop - piece.start
-        for tensor, array in zip(rows, block, strict=True):
-            _put(tensor, place[start:stop], array[piece.start : piece.stop], piece)
+        for name, tensor, array in zip(names, rows, block, strict=True):
+            _put(tensor, place[start:stop], array[piece.start : piece.stop], piece, name)
         start = stop
 
 
-def _put(tensor: torch.Tensor, place: NDArray[np.int64], found: NDArray[Any], piece: Piece) -> None:
+def _put(
+    tensor: torch.Tensor, place: NDArray[np.int64], found: NDArray[Any], piece: Piece, name: str
+) -> None:
     expected = (len(place), *tensor.shape[1:])
     if found.shape != expected:  # NumPy would repeat a single row without a word
         message = (
-            f"block {piece.block} gave an array of shape {found.shape} for its rows {piece.start} "
-            f"to {piece.stop}, expected {expected}; is the chunk size that its Dask array tells "
-            "true?"
+            f"block {piece.block} of {name} gave an array of shape {found.shape} for its rows "
+            f"{piece.start} to {piece.stop}, expected {expected}; is the chunk size that its Dask "
+            "array tells true?"
         )
         raise DataError(message)
     stored = stored_dtype(tensor.dtype)
-    check_cast(found, stored, f"block {piece.block}")
+    check_cast(found, stored, f"block {piece.block} of {name}")
     if tensor.dtype == torch.bfloat16:  # unknown to NumPy
         tensor[torch.from_numpy(place)] = torch.from_numpy(found.astype(stored)).bfloat16()
     else:
@@ -283,7 +288,8 @@ class ShardBatches:
     def _load(self, plan: Plan, shard: int, j: int, first_position: int) -> LoadedWindow:
         window = plan.windows(shard)[j]
         rows = self._rows_for(plan, window.length)
-        load_window(window, plan.window_order(shard, j), self._reader, rows)
+        names = [field.name for field in self._fields]
+        load_window(window, plan.window_order(shard, j), self._reader, rows, names)
         return LoadedWindow(rows, window.length, max(0, first_position - window.start))
 
     def _rows_for(self, plan: Plan, length: int) -> tuple[torch.Tensor, ...]:

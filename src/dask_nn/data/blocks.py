@@ -16,11 +16,13 @@ from dask_nn.data.streaming import is_persisted, measure, stream_blocks
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from distributed import Client
 
     from dask_nn.data.stream import Stream
 
-__all__ = ["Blocks", "Field", "align"]
+__all__ = ["Blocks", "Field", "align", "fields_of"]
 
 NUMERIC_KINDS = "biuf"
 MAX_ITEM_BYTES = 8
@@ -153,7 +155,7 @@ def align(
     persisted = persist(lazy, client)
     arrays |= {name: resolve_lengths(name, array, client) for name, array in persisted.items()}
     num_samples = _check_some(arrays)
-    fields = _fields(arrays)
+    fields = fields_of(arrays)
     reference = next(iter(persisted), None)
     lengths = (
         _default_lengths(num_samples, fields[0].row_bytes, block_size_bytes)
@@ -226,14 +228,15 @@ def _streamed(arrays: dict[str, Any], client: Client | None, room: Room | None) 
         raise DataError(message)
     return Blocks(
         lengths=stream.lengths,
-        fields=_fields(arrays),
+        fields=fields_of(arrays),
         stream=stream,
         futures=tuple(surveyor.futures),
         originals=surveyor.literals if client is not None else {},
     )
 
 
-def _fields(arrays: dict[str, Any]) -> tuple[Field, ...]:
+def fields_of(arrays: Mapping[str, Any]) -> tuple[Field, ...]:
+    """Tell what arrays, by name, say of themselves; their number of rows may be unknown."""
     return tuple(
         Field(name=name, shape=tuple(map(int, array.shape[1:])), dtype=np.dtype(array.dtype))
         for name, array in arrays.items()

@@ -9,7 +9,7 @@ import numpy as np
 
 from dask_nn.errors import DataError
 
-__all__ = ["check_cast", "find_misfit"]
+__all__ = ["cast", "check_cast", "find_misfit"]
 
 
 def check_cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> None:
@@ -35,6 +35,18 @@ def check_cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> 
     if misfit := find_misfit(found, dtype):
         message = f"{what} {misfit}"
         raise DataError(message)
+
+
+def cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> np.ndarray[Any, Any]:
+    """Give an array in the type of the whole; itself if it has that already.
+
+    Raises
+    ------
+    DataError
+        As `check_cast` does.
+    """
+    check_cast(found, dtype, what)
+    return found.astype(dtype, copy=False)
 
 
 def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> str:

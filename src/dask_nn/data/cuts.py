@@ -1,4 +1,4 @@
-"""Arrays cut into blocks of other rows, their own blocks being checked before."""
+"""Arrays cut into blocks of other rows and columns, their own blocks being checked before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dask.base import tokenize
 from dask.layers import ArrayBlockwiseDep
 from dask.utils import key_split
 
+from dask_nn.data.casts import cast
 from dask_nn.data.lengths import check_rows
 from dask_nn.errors import DataError
 
@@ -39,7 +40,7 @@ def check_width(name: str, array: Any, axes: Iterable[int] | None = None) -> Non
 
 
 def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
-    """Join the chunks along all axes but the first.
+    """Join the chunks along all axes but the first, each of them being checked before.
 
     Raises
     ------
@@ -51,14 +52,15 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
         return array
     check_width(name, array, cut)
     with dask.config.set({"array.rechunk.method": "tasks"}):  # only neighbours are joined
-        joined: da.Array = array.rechunk(cut)
+        joined: da.Array = _compared(name, array).rechunk(cut)
     return joined
 
 
 def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
     """Cut an array into blocks of other lengths, each of its own blocks being checked before.
 
-    Slices would hide the rows that a block has too many, and all that follow would move.
+    Slices would hide the rows that a block has too many, and all that follow would move. What is
+    joined of them takes the type of the first, whatever the values of the others are.
 
     Parameters
     ----------
@@ -72,9 +74,15 @@ def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
     rows = tuple(lengths)
     if array.chunks[0] == rows:
         return array
+    recut: da.Array = _compared(name, array).rechunk({0: rows})
+    return recut
+
+
+def _compared(name: str, array: da.Array) -> da.Array:
+    """Give an array whose blocks have the rows and the type that it tells, or are refused."""
     axes = tuple(range(array.ndim))
     checked: da.Array = da.blockwise(
-        partial(_checked, f"{name} as it was given"),
+        partial(_checked, f"{name} as it was given", array.dtype),
         axes,
         ToldRows((array.chunks[0],)),
         (0,),
@@ -86,8 +94,7 @@ def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
         dtype=array.dtype,
         meta=array._meta,  # noqa: SLF001 - nothing is to be computed
     )
-    recut: da.Array = checked.rechunk({0: rows})
-    return recut
+    return checked
 
 
 class ToldRows(ArrayBlockwiseDep):
@@ -98,7 +105,9 @@ class ToldRows(ArrayBlockwiseDep):
         return number, self.chunks[0][number]
 
 
-def _checked(of: str, told: tuple[int, float], block: Any) -> Any:
+def _checked(of: str, dtype: np.dtype[Any], told: tuple[int, float], block: Any) -> Any:
     number, length = told
-    check_rows(number, (block,), int(length), of=of)
-    return block
+    block = np.asarray(block)
+    if not np.isnan(length):
+        check_rows(number, (block,), int(length), of=(of,))
+    return cast(block, dtype, f"block {number} of {of}")

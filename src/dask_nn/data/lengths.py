@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["check_rows"]
 
 
-def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: str = "") -> None:
+def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: Sequence[str]) -> None:
     """Check that every array of a block has the rows that the plan counts on.
 
     Parameters
@@ -23,22 +23,21 @@ def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: str = "") 
         One for each field, shape (rows, ...).
     length : int
         The rows of the block as its Dask array told them, or as they were found.
-    of : str
-        Which blocks are counted, where those are not the ones that the plan has.
+    of : sequence of str
+        How the error calls each of them: by the name of its field.
 
     Raises
     ------
     DataError
         If one has more or fewer: rows would be left out, or X and y get out of step.
     """
-    for array in arrays:
+    for name, array in zip(of, arrays, strict=True):
         if array.shape[:1] != (length,):
             rows = array.shape[0] if array.ndim else "no"
-            named = f"{block} of {of}" if of else f"{block}"
             message = (
-                f"block {named} gave an array of {rows} rows, expected {length}: either the chunk "
-                "size that its Dask array tells is not true (compute_chunk_sizes() finds it), or "
-                "its source has changed since it was looked at (then begin again with what it is "
-                "now)"
+                f"block {block} of {name} gave an array of {rows} rows, expected {length}: either "
+                "the chunk size that its Dask array tells is not true (compute_chunk_sizes() finds "
+                "it), or its source has changed since it was looked at (then begin again with what "
+                "it is now)"
             )
             raise DataError(message)

@@ -200,7 +200,7 @@ def _heads_of_stream(
         message = f"the first block could not be computed: {type(error).__name__}: {error}"
         raise DataError(message) from error
     if isinstance(heads, Problem):
-        raise heads.error(" and ".join(blocks.fields[place].name for place in stream.places))
+        raise heads.error(stream.computed)
     return heads
 
 

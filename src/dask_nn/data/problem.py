@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dask.callbacks import Callback
 from distributed import get_worker
@@ -13,12 +13,22 @@ from distributed import get_worker
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from dask.delayed import Delayed
     from distributed import Client, Future
 
-__all__ = ["Problem", "TaskLog", "find_problem", "this_worker"]
+__all__ = [
+    "VALIDATION",
+    "Problem",
+    "TaskLog",
+    "find_problem",
+    "of_validation_data",
+    "this_worker",
+]
+
+# How errors about it begin: its fields have the same names as those of the training data.
+VALIDATION: Final = "validation data: "
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,16 @@ def this_worker() -> str:
     with contextlib.suppress(ValueError):  # not on a worker
         return str(get_worker().address)
     return ""
+
+
+@contextlib.contextmanager
+def of_validation_data() -> Iterator[None]:
+    """Say of data that is refused that it is validation data."""
+    try:
+        yield
+    except DataError as error:
+        message = f"{VALIDATION}{error}"
+        raise DataError(message) from error
 
 
 class TaskLog(Callback):

@@ -91,6 +91,8 @@ class MemoryReader(BlockReader):
         For each block, by its number, the array of each field.
     lengths : sequence or mapping, of int, optional
         The rows that each of them must have, where that was not looked at before.
+    names : sequence of str
+        Of the fields, for errors.
     """
 
     def __init__(
@@ -98,15 +100,17 @@ class MemoryReader(BlockReader):
         arrays: Sequence[Block] | Mapping[int, Block],
         *,
         lengths: Sequence[int] | Mapping[int, int] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self._arrays = arrays
+        self._names = names
         self._lengths = lengths
 
     def read(self, block: int) -> Block:
         """Give the arrays themselves."""
         found = self._arrays[block]
         if self._lengths is not None:
-            check_rows(block, found, self._lengths[block])
+            check_rows(block, found, self._lengths[block], of=self._names)
         return found
 
 
@@ -122,6 +126,8 @@ class ClusterReader(BlockReader):
         For each block the Dask key of each field.
     lengths : sequence of int
         The rows that each block must have.
+    names : sequence of str
+        Of the fields, for errors.
     own : mapping
         The worker's own memory, from key to value.
     fetch : callable
@@ -139,12 +145,14 @@ class ClusterReader(BlockReader):
         keys: Sequence[tuple[Any, ...]],
         *,
         lengths: Sequence[int],
+        names: Sequence[str],
         own: Any,
         fetch: Callable[[list[Any]], list[Any]],
         cache_bytes: int,
         fetch_whole: bool = False,
     ) -> None:
         self._keys = keys
+        self._names = names
         self._lengths = lengths
         self._own = own
         self._fetch = fetch
@@ -172,7 +180,7 @@ class ClusterReader(BlockReader):
                     values[key] = np.asarray(value)
                     self._keep(key, values[key])
         arrays = tuple(np.asarray(values[key]) for key in keys)
-        check_rows(block, arrays, self._lengths[block])
+        check_rows(block, arrays, self._lengths[block], of=self._names)
         return arrays
 
     def _look_up(self, key: Any) -> Any:
@@ -294,4 +302,5 @@ class StreamReader(BlockReader):
         return found
 
     def _failed(self, block: int, error: Exception, attempts: int) -> DataError:
-        return Problem.of(block, error, self._place).error(attempts=attempts)
+        problem = Problem.of(block, error, self._place)
+        return problem.error(self._stream.computed, attempts=attempts)

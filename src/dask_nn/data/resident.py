@@ -90,7 +90,7 @@ def place(
             return list(flatten(array.__dask_keys__())), array
         blocks = [np.asarray(block.compute()) for block in array.blocks.ravel()]
         for number, (block, length) in enumerate(zip(blocks, lengths, strict=True)):
-            check_rows(number, (block,), length)
+            check_rows(number, (block,), length, of=(name,))
         return blocks, None
     bounds = pairwise(accumulate(lengths, initial=0))
     pieces = [array[start:stop] for start, stop in bounds]

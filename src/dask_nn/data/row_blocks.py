@@ -12,18 +12,25 @@ import numpy as np
 from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 
+from dask_nn.data.batches import batch_dtypes, stored_dtype
+from dask_nn.data.casts import cast, check_cast
 from dask_nn.data.cuts import ToldRows, check_width, cut_rows, one_chunk_per_row_block
+from dask_nn.data.inputs.frames import Indexed
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import torch
+
+    from dask_nn.data.blocks import Field
+
 __all__ = [
     "aligned",
     "as_array",
+    "as_told",
     "check_finite",
     "check_lengths",
-    "check_same_rows",
     "per_block",
     "shipped",
 ]
@@ -55,7 +62,7 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     """Give all inputs the row chunks of one of them, and one chunk along other axes.
 
     Inputs of unknown lengths that have the same number of chunks are taken to be aligned, which
-    `check_same_rows` makes sure of in every block; else their lengths are computed.
+    `as_told` makes sure of in every block; else their lengths are computed.
 
     Parameters
     ----------
@@ -109,22 +116,6 @@ def check_lengths(arrays: Mapping[str, Any]) -> int | None:
 
 def _is_lazy(array: Any) -> bool:
     return isinstance(array, da.Array)
-
-
-def check_same_rows(rows: Sequence[Any]) -> None:
-    """Check that the arrays of a block have the same number of rows.
-
-    Raises
-    ------
-    DataError
-        If they have not.
-    """
-    lengths = {array.shape[0] for array in rows if array is not None}
-    if len(lengths) > 1:
-        raise DataError(
-            f"the arrays of one block have {', '.join(map(str, sorted(lengths)))} rows, expected "
-            "the same number in all"
-        )
 
 
 def check_finite(name: str, rows: np.ndarray[Any, Any]) -> None:
@@ -188,7 +179,7 @@ def per_block(
     row_shape: tuple[int, ...],
     meta: np.ndarray[Any, Any],
     name: str,
-    fields: Mapping[str, tuple[int, ...]] | None = None,
+    check: Callable[[Sequence[Any], float], list[Any]] | None = None,
 ) -> da.Array:
     """Apply a function to every row block of aligned arrays, lazily.
 
@@ -206,8 +197,9 @@ def per_block(
         Type of the result, without rows.
     name : str
         How the tasks are called on the dashboard.
-    fields : mapping of str to tuple of int, optional
-        Names of the arrays and the shapes of their rows, against which every block is checked.
+    check : callable, optional
+        ``check(blocks, rows)``, with NaN for a number of rows that nobody knows, gives the blocks
+        as the function gets them, such as `as_told`.
 
     Returns
     -------
@@ -223,9 +215,9 @@ def per_block(
         else:
             arguments += [array, (0, *(next(axes) for _ in array.shape[1:]))]
     lengths = next(array for array in arrays if array is not None).chunks[0]
-    token = tokenize(function, *arrays, objects, row_shape, meta, fields)
+    token = tokenize(function, *arrays, objects, row_shape, meta, check)
     result: da.Array = da.blockwise(
-        partial(_on_blocks, function, None if fields is None else tuple(fields.items())),
+        partial(_on_blocks, function, check),
         (0, *new_axes),
         ToldRows((lengths,)),
         (0,),
@@ -244,15 +236,15 @@ def per_block(
 
 def _on_blocks(
     function: Callable[..., Any],
-    fields: tuple[tuple[str, tuple[int, ...]], ...] | None,
+    check: Callable[[Sequence[Any], float], list[Any]] | None,
     told: tuple[int, float],
     *blocks_and_objects: Any,
 ) -> Any:
     *nested, objects = blocks_and_objects
     blocks = [_only(block) for block in nested]
-    if fields is not None:
+    if check is not None:
         _, length = told
-        _check_blocks(fields, blocks, length)
+        blocks = check(blocks, length)
     try:
         return function(*blocks, objects)
     except DaskNNError:
@@ -261,19 +253,55 @@ def _on_blocks(
         raise ModelError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_blocks(
-    fields: Sequence[tuple[str, tuple[int, ...]]], blocks: Sequence[Any], length: float
-) -> None:
-    """Check that a block is what its Dask array says: its chunk sizes may be wrong."""
-    for (name, row_shape), block in zip(fields, blocks, strict=True):
+def as_told(
+    fields: Sequence[Field],
+    floating: torch.dtype,
+    blocks: Sequence[Any],
+    length: float = np.nan,
+) -> list[Any]:
+    """Give the arrays of a block as what they were said to be: a Dask array may tell untruths.
+
+    Parameters
+    ----------
+    fields : sequence of Field
+        What is said of them.
+    floating : torch.dtype
+        The model's floating type.
+    blocks : sequence of ndarray or Indexed
+        One for each field, shape (rows, ...).
+    length : float
+        The rows that they should have; NaN where nobody knows.
+
+    Returns
+    -------
+    list
+        The same; one of another type than its field is cast as it is for training.
+
+    Raises
+    ------
+    DataError
+        If one has another shape, or a value that its type in a batch cannot hold.
+    """
+    found = []
+    for field, dtype, block in zip(fields, batch_dtypes(fields, floating), blocks, strict=True):
         shape = tuple(block.shape)
-        rows = shape[0] if np.isnan(length) else int(length)
-        if shape != (rows, *row_shape):
+        expected = (*(shape[:1] if np.isnan(length) else [int(length)]), *field.shape)
+        if shape != expected:
             raise DataError(
-                f"{name} has shape {shape}, expected {(rows, *row_shape)}; is the chunk size that "
-                "its Dask array tells true?"
+                f"{field.name} has shape {shape}, expected {expected}; is the chunk size that its "
+                "Dask array tells true?"
             )
-    check_same_rows(blocks)
+        found.append(block if isinstance(block, Indexed) else _of_type(field, dtype, block))
+    check_lengths({field.name: block for field, block in zip(fields, found, strict=True)})
+    return found
+
+
+def _of_type(field: Field, dtype: torch.dtype, block: Any) -> Any:
+    block, stored = np.asarray(block), stored_dtype(dtype)
+    if block.dtype != field.dtype:
+        return cast(block, stored, field.name)
+    check_cast(block, stored, field.name)  # a batch makes it of that type, part by part
+    return block
 
 
 def _only(block: Any) -> Any:

@@ -44,6 +44,8 @@ class Stream:
     ----------
     recipes : tuple of Recipe
         For each block how its streamed fields are computed.
+    names : tuple of str
+        Of all fields, by position.
     places : tuple of int
         Which fields those are, by position.
     kept : dict of int to ndarray
@@ -61,6 +63,7 @@ class Stream:
     """
 
     recipes: tuple[Recipe, ...]
+    names: tuple[str, ...]
     places: tuple[int, ...]
     kept: dict[int, Array]
     lengths: tuple[int, ...]
@@ -73,6 +76,11 @@ class Stream:
     def starts(self) -> list[int]:
         """The first row of each block, counted over all of them."""
         return list(accumulate(self.lengths, initial=0))
+
+    @property
+    def computed(self) -> str:
+        """How errors call the fields that are computed together."""
+        return " and ".join(self.names[place] for place in self.places)
 
     def one(self, block: int) -> Stream:
         """Give a stream of one block alone."""
@@ -107,7 +115,7 @@ class Stream:
         cooked = cook(self.recipes[block], shared) if self.places else ()
         columns = dict(zip(self.places, cooked, strict=True))
         number = block if self.numbers is None else self.numbers[block]
-        check_rows(number, cooked, self.lengths[block])
+        check_rows(number, cooked, self.lengths[block], of=[self.names[p] for p in self.places])
         rows = slice(start, start + self.lengths[block])
         columns |= {place: column[rows] for place, column in self.kept.items()}
         return tuple(columns[place] for place in sorted(columns))

@@ -169,10 +169,10 @@ def stream_blocks(
         small = [number for number in targets if list(lazy.values())[number].nbytes <= KEPT_BYTES]
         if small:
             parts = [recipe.only(small) for recipe in recipes]
-            what = " and ".join(names[places[number]] for number in small)
-            found = surveyor.look(_values, parts, what)
+            of = [names[places[number]] for number in small]
+            found = surveyor.look(_values, parts, " and ".join(of))
             for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
-                check_rows(block, columns, length)
+                check_rows(block, columns, length, of=of)
             kept |= {
                 places[number]: np.concatenate(column)
                 for number, column in zip(small, zip(*found, strict=True), strict=True)
@@ -197,6 +197,7 @@ def stream_blocks(
     surveyor.keep(set(needed_keys(recipes)))
     stream = Stream(
         recipes=tuple(recipes),
+        names=tuple(names),
         places=tuple(places[number] for number in streamed),
         kept=kept,
         lengths=lengths,
@@ -300,8 +301,9 @@ def _lengths(
                 raise DataError(message)
         if limit_bytes is not None and rows * row_bytes > limit_bytes:
             message = (
-                f"block {block} has {format_bytes(rows * row_bytes)}, more than a worker can work "
-                f"on ({format_bytes(limit_bytes)}): repartition the collection"
+                f"block {block} of {' and '.join(lazy)} has {format_bytes(rows * row_bytes)}, more "
+                f"than a worker can work on ({format_bytes(limit_bytes)}): repartition the "
+                "collection"
             )
             raise DataError(message)
     return tuple(shapes[0][0] for shapes in found)

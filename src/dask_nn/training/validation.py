@@ -11,6 +11,7 @@ from torch import nn
 from dask_nn.collectives.tree import shard_range
 from dask_nn.data.batches import stored_dtype
 from dask_nn.data.casts import check_cast
+from dask_nn.data.problem import of_validation_data
 from dask_nn.metrics.merge import compute, merge_named
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ class Validation:
         parts = []
         for block in range(lo, hi):
             self._comm.at_work()
-            arrays = self._reader.read(block)
-            parts.append(
-                evaluate_block(
+            with of_validation_data():
+                arrays = self._reader.read(block)
+                part = evaluate_block(
                     model, block, arrays, self._dtypes, spec=self._spec, objective=self._objective
                 )
-            )
+            parts.append(part)
         # Partials are plain states made by these same ranks a moment ago.
         gathered = self._comm.all_gather_bytes(pickle.dumps(parts))
         merged = merge_named([part for chunk in gathered for part in pickle.loads(chunk)])  # noqa: S301
@@ -107,7 +108,7 @@ def evaluate_block(
     dtypes : sequence of torch.dtype
         Types in which model and loss see them.
     spec : TrainingSpec
-        Its metrics and transform.
+        Its fields, metrics and transform.
     objective : Objective
         The loss.
 
@@ -118,8 +119,8 @@ def evaluate_block(
     """
     from dask_nn.metrics.block import block_partials
 
-    for array, dtype in zip(arrays, dtypes, strict=True):
-        check_cast(array, stored_dtype(dtype), f"validation block {block}")
+    for field, array, dtype in zip(spec.fields, arrays, dtypes, strict=True):
+        check_cast(array, stored_dtype(dtype), f"block {block} of {field.name}")
     tensors = [
         torch.from_numpy(array.astype(stored_dtype(dtype))).to(dtype)
         for array, dtype in zip(arrays, dtypes, strict=True)

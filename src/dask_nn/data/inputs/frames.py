@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dask_nn.data.casts import check_cast
+from dask_nn.data.casts import cast
 from dask_nn.data.inputs.parts import array_of_parts
 from dask_nn.errors import DataError
 
@@ -171,9 +171,7 @@ class Table:
             if self.dtype.kind == "f":
                 return np.asarray(series.to_numpy(dtype=self.dtype, na_value=np.nan))
             self._refuse_missing(missing, series)
-        values = np.asarray(series)
-        check_cast(values, self.dtype, f"column {series.name!r} of {self.name}")
-        return values.astype(self.dtype, copy=False)
+        return cast(np.asarray(series), self.dtype, f"column {series.name!r} of {self.name}")
 
     def _with_known_categories(self, series: Any) -> Any:
         """Give a column the categories of the whole table; a partition may have others."""
