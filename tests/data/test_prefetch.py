@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from dask_nn.data import prefetch
 from dask_nn.data.prefetch import Prefetcher
 
 
@@ -65,6 +66,20 @@ def test_closing_ends_the_thread_while_lanes_are_full():
 
 def test_closing_before_the_start_is_harmless():
     Prefetcher(Loads(0), lanes=[0]).close()
+
+
+def test_a_load_that_does_not_end_is_left_to_itself(monkeypatch):
+    monkeypatch.setattr(prefetch, "CLOSE_TIMEOUT_S", 0.5)
+    release, waits = threading.Event(), []
+    prefetcher = start([(0, release.wait)], [0])
+    prefetcher.close(lambda: waits.append(True))
+    assert len(waits) >= 2
+    before = len(waits)
+    prefetcher.close(lambda: waits.append(True))
+    assert len(waits) == before
+    release.set()
+    prefetcher._thread.join(5)
+    assert not prefetcher._thread.is_alive()
 
 
 def test_an_error_arrives_in_every_lane_after_what_was_loaded():

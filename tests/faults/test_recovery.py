@@ -115,8 +115,10 @@ def test_a_stopped_process_is_given_up_and_changes_nothing_when_it_wakes_up(
 def test_a_dead_lock_in_the_users_code_is_given_up(
     job, undisturbed, make_cluster, ledger, same_bits, heard, tmp_path
 ):
+    """And another worker takes the place of that one."""
     client = make_cluster(2)
     written = ledger(client)
+    before = pids(client)
     fail_at(client, 1, 30, "forward", action="sleep", seconds=60, folder=tmp_path)
     result = job.train(
         client, callbacks=[heard], recovery=dask_nn.Recovery(hang_timeout_s=2, elastic=False)
@@ -124,6 +126,8 @@ def test_a_dead_lock_in_the_users_code_is_given_up(
     same_bits(result, undisturbed)
     written.check(job.order())
     assert heard.named("worker-hung")
+    client.wait_for_workers(2, timeout=30)
+    assert len(set(pids(client).values()) - set(before.values())) == 1
 
 
 def test_a_slow_worker_is_waited_for(

@@ -6,12 +6,19 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import dask
+import dask.array as da
+import numpy as np
 import pytest
+import torch
 from distributed import Client
+from torch import nn
+from torch.optim import SGD
 
 import dask_nn
 from dask_nn.errors import CheckpointError, ClusterError, TrainingInterrupted, WorkerLost
@@ -22,6 +29,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 # Two files are written for each checkpoint, and the fault sleeps after each of them.
 SLOW_S = 2.5
 WRITE_S = 2 * SLOW_S
+HANG_S = 3.0
 
 
 def names(folder: Path) -> list[str]:
@@ -108,6 +116,50 @@ def test_ctrl_c_waits_until_it_is_saved(
     assert 30 < steps < 90
     assert names(folder) == [f"epoch-{steps // 30:04d}-step-{steps:09d}"]
     same_bits(job.train(None, checkpoint=saved, resume=True), undisturbed)
+
+
+def block(number: int) -> np.ndarray:
+    """Give rows of 8 blocks, of which the first and the fifth are there at once."""
+    if number % 4:
+        time.sleep(3 * HANG_S)
+    return np.ones((64, 3), np.float32)
+
+
+def slowly(rows: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.05)
+    return rows
+
+
+def test_who_leaves_while_rows_are_on_their_way_is_not_given_up(make_cluster, heard):
+    class Stop(dask_nn.Callback):
+        def on_progress(self, progress: Any) -> None:
+            raise KeyboardInterrupt
+
+    client = make_cluster(2)
+    before = set(client.scheduler_info(n_workers=-1)["workers"])
+    parts = [dask.delayed(block, pure=False)(number) for number in range(8)]
+    X = da.concatenate([da.from_delayed(part, (64, 3), dtype=np.float32) for part in parts])
+    with pytest.raises(TrainingInterrupted) as caught:
+        dask_nn.train(
+            nn.Linear(3, 2),
+            X,
+            da.zeros(512, chunks=64, dtype=np.int64),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=partial(SGD, lr=0.1),
+            epochs=1,
+            batch_size=4,
+            shuffle=False,
+            window=1,
+            memory="stream",
+            transform=slowly,
+            strategy=dask_nn.Synchronous(shards=2, threads_per_rank=1),
+            client=client,
+            recovery=dask_nn.Recovery(hang_timeout_s=HANG_S),
+            callbacks=[heard, Stop()],
+        )
+    assert 0 < caught.value.result.steps < 32
+    assert not heard.named("worker-hung")
+    assert set(client.scheduler_info(n_workers=-1)["workers"]) == before
 
 
 def test_steps_until_the_next_checkpoint_count_over_all_gangs(

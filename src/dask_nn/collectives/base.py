@@ -164,6 +164,11 @@ class Communicator(ABC):
         if self.watch is not None:
             self.watch()
 
+    def show_life(self) -> None:
+        """Say that this rank is alive, and waits for no peer."""
+        self.waiting_since = None
+        self.beats += 1
+
     def at_work(self) -> None:
         """Look at the abort flag outside of any exchange: this rank waits for no peer."""
         self.waiting_since = None

@@ -186,8 +186,8 @@ class Membership:
     def evict(self, address: str, reason: str) -> None:
         """Make the scheduler let go of a worker that hangs.
 
-        What it held is computed again elsewhere. When it wakes up it finds itself removed and
-        closes; its nanny, where there is one, starts another worker that may join.
+        What it held is computed again elsewhere. It closes, as soon as it answers again; its nanny,
+        where there is one, starts another worker that may join.
         """
         self.exclude(address, reason)
         self.removed.add(address)

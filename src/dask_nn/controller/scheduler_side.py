@@ -6,10 +6,12 @@ lack, and which would stop it for seconds at the very moment at which a worker h
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed import SchedulerPlugin
+from distributed.comm import CommClosedError
 from distributed.core import Status
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ __all__ = [
 RANK_PREFIX = "dask-nn-rank-"
 # What Dask's event for a worker that leaves is called, on the topic of its address.
 REMOVAL = "remove-worker"
+EVICTION = "dask-nn-evict"
 
 
 class Listed(NamedTuple):
@@ -73,12 +76,16 @@ def retired_among(addresses: Iterable[str], dask_scheduler: Any) -> list[str]:
 
 async def remove_worker(address: str, dask_scheduler: Any) -> None:
     """Let go of a worker, whose tasks are not to blame, and make it close when it wakes up."""
+    # Told by `remove_worker`, it would close its nanny too.
+    if (stream := dask_scheduler.stream_comms.get(address)) is not None:
+        with contextlib.suppress(CommClosedError):
+            stream.send(
+                {"op": "close", "reason": EVICTION, "nanny": False, "executor_wait": False}
+            )
     # The argument that says so was renamed in distributed 2025.
     names = inspect.signature(dask_scheduler.remove_worker).parameters
     blameless = {name: True for name in ("expected", "safe") if name in names}
-    await dask_scheduler.remove_worker(
-        address, stimulus_id="dask-nn-evict", close=True, **blameless
-    )
+    await dask_scheduler.remove_worker(address, stimulus_id=EVICTION, close=False, **blameless)
 
 
 class RanksMayMove(SchedulerPlugin):

@@ -245,9 +245,9 @@ class ShardBatches:
         """Begin to load no more windows."""
         self._prefetcher.stop()
 
-    def close(self) -> None:
-        """Stop loading, and wait for the window that is being loaded."""
-        self._prefetcher.close()
+    def close(self, waiting: Callable[[], None] | None = None) -> None:
+        """Stop loading, and wait for the window that is being loaded; see `Prefetcher.close`."""
+        self._prefetcher.close(waiting)
         self._open.clear()
 
     def next(self, shard: int, count: int) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["Prefetcher"]
 
 POLL_S = 0.1
+# A load that takes longer than this to end is left to itself.
+CLOSE_TIMEOUT_S = 60.0
 
 
 class Prefetcher[T]:
@@ -45,6 +48,7 @@ class Prefetcher[T]:
         # Beside the lanes: a full one would keep the error from a consumer that waits at another.
         self._error: BaseException | None = None
         self._stopped = threading.Event()
+        self._patience_s = CLOSE_TIMEOUT_S
         self._thread = threading.Thread(target=self._run, name="dask-nn-prefetch", daemon=True)
 
     def start(self) -> None:
@@ -85,11 +89,21 @@ class Prefetcher[T]:
         """Begin no more loads."""
         self._stopped.set()
 
-    def close(self) -> None:
-        """Stop loading and wait for the thread to end, and with it the load under way."""
+    def close(self, waiting: Callable[[], None] | None = None) -> None:
+        """Stop loading and wait for the thread to end, and with it the load under way.
+
+        Parameters
+        ----------
+        waiting : callable, optional
+            Called now and then while it waits.
+        """
         self.stop()
-        if self._thread.is_alive():
-            self._thread.join()
+        # A second call has nothing more to wait for.
+        deadline, self._patience_s = time.monotonic() + self._patience_s, 0.0
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            if waiting is not None:
+                waiting()
+            self._thread.join(POLL_S)
 
     def _run(self) -> None:
         loads = iter(self._loads)

@@ -197,7 +197,7 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Wait for the rows that were being loaded when the loop ended; that may take long."""
-        self._batches.close()
+        self._batches.close(self._comm.show_life)
 
     @property
     def steps(self) -> int:

@@ -40,6 +40,7 @@ class Orders:
 
     def finish(self) -> None:
         """Stop, save what is reached, and wait until it is written."""
+        self.save.set()  # first, as above
         self.wait.set()
         self.leave()
 

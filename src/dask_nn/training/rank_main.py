@@ -183,10 +183,11 @@ class _Standing:
         """Save as this rank is told to; tell whether nothing is left to do for it."""
         if self.checkpointer is None:
             return True
+        # Before it is asked whether to save: who waits was told to save before.
+        waits = self.over or env.orders.wait.is_set()
         # What it only started from is for the client to save: this rank has no claim yet.
         if keepsake is not None and self.loop is not None and env.orders.save.is_set():
             self.checkpointer.save(keepsake.snapshot)
-        waits = self.over or env.orders.wait.is_set()
         if waits:
             self.checkpointer.finish(partial(self._wait, env))
         return waits
@@ -200,7 +201,7 @@ class _Standing:
 
     @staticmethod
     def _wait(env: RankEnvironment) -> None:
-        env.comm.beats += 1  # a rank that saves is alive
+        env.comm.show_life()
         if env.waiting is not None:
             env.waiting()
 
