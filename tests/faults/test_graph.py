@@ -125,25 +125,42 @@ def break_block(block: Any) -> Any:
     return block
 
 
+def read_late(block: Any) -> Any:
+    if on_worker() and (block[:, 0] == 1000).any():
+        time.sleep(3 * RECOVERY.hang_timeout_s)
+    return block
+
+
+def streamed(job: Any, X: Any, **options: Any) -> Any:
+    torch.manual_seed(3)
+    return dask_nn.train(
+        torch.nn.Linear(8, 3),
+        X,
+        da.from_array(job.y, chunks=120),
+        loss=torch.nn.CrossEntropyLoss(),
+        optimizer=partial(torch.optim.SGD, lr=0.05),
+        batch_size=64,
+        window=2,
+        memory="stream",
+        strategy=dask_nn.Synchronous(shards=4, threads_per_rank=1),
+        **options,
+    )
+
+
+def test_a_block_that_is_read_slowly_is_waited_for(job, quiet_client, same_bits, heard):
+    X = da.from_array(job.X, chunks=(120, 8)).map_blocks(read_late, meta=job.X[:0])
+    options = {"engine": "graph", "callbacks": [heard], "recovery": RECOVERY}
+    result = streamed(job, X, client=quiet_client, **options)
+    same_bits(result, streamed(job, X, client=None))
+    assert not heard.named("worker-hung")
+
+
 def test_an_oserror_of_a_streamed_block_is_raised_once_with_its_place(job, quiet_client, heard):
     """Reading fails in a task of its own, which must not look like the cluster's failure."""
     X = da.from_array(job.X, chunks=(120, 8))
     late = da.concatenate([X[:960], X[960:].map_blocks(break_block, meta=job.X[:0])])
     with pytest.raises(RankFailed, match="server is down") as caught:
-        dask_nn.train(
-            torch.nn.Linear(8, 3),
-            late,
-            da.from_array(job.y, chunks=120),
-            loss=torch.nn.CrossEntropyLoss(),
-            optimizer=partial(torch.optim.SGD, lr=0.05),
-            batch_size=64,
-            window=2,
-            memory="stream",
-            engine="graph",
-            client=quiet_client,
-            callbacks=[heard],
-            strategy=dask_nn.Synchronous(shards=4, threads_per_rank=1),
-        )
+        streamed(job, late, engine="graph", client=quiet_client, callbacks=[heard])
     assert caught.value.rank in range(4)
     assert caught.value.step >= 0
     assert "in break_block" in caught.value.traceback

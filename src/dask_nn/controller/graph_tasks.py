@@ -171,7 +171,7 @@ def open_window(
     from dask_nn.data.batches import load_window, new_rows
     from dask_nn.data.reader import MemoryReader
 
-    with _named(place):
+    with _watched(place.run_id), _named(place):
         numbers = [piece.block for piece in window.pieces]
         names = [field.name for field in fields]
         reader = MemoryReader(
@@ -235,7 +235,7 @@ def shard_gradient(
 
 def add_leaves(place: Place, left: Leaf, right: Leaf) -> Leaf:
     """Add two nodes of the tree."""
-    with _named(place):
+    with _watched(place.run_id), _named(place):
         return Leaf(torch.add(left.flat, right.flat), None)
 
 
@@ -315,7 +315,7 @@ def canary(payload: bytes, run_id: str) -> bytes:
 @contextlib.contextmanager
 def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Iterator[_Bench]:
     """Work with this thread's bench."""
-    with _named(Place(run_id, step, shard)):
+    with _watched(run_id), _named(Place(run_id, step, shard)):
         bench = _find_bench(payload, run_id)
         with (
             keeping_freed_memory(linger_s=between_tasks_s),
@@ -325,14 +325,29 @@ def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Ite
 
 
 @contextlib.contextmanager
-def _named(place: Place, what: str = "") -> Iterator[None]:
-    """Do a task's work: it is seen while it lasts, and its error gets a place and a traceback.
+def _watched(run_id: str) -> Iterator[None]:
+    """Do work that others may see while it lasts, and that has to end.
 
-    Without that, an OSError of the user's code would look like one of the cluster.
+    Not the reading of blocks: their source may take as long as it needs.
     """
     thread, began = threading.get_ident(), time.monotonic()
     with _benches_lock:
-        _began[thread] = (place.run_id, began)
+        _began[thread] = (run_id, began)
+    try:
+        yield
+    finally:
+        took = time.monotonic() - began
+        with _benches_lock:
+            del _began[thread]
+            _longest[run_id] = max(took, _longest.get(run_id, 0.0))
+
+
+@contextlib.contextmanager
+def _named(place: Place, what: str = "") -> Iterator[None]:
+    """Give the error of a task its place and a traceback.
+
+    Without that, an OSError of the user's code would look like one of the cluster.
+    """
     try:
         yield
     except DaskNNError:
@@ -343,11 +358,6 @@ def _named(place: Place, what: str = "") -> Iterator[None]:
         address = get_worker().address
         # Tasks have no rank; a shard's task does what the rank of that shard would.
         raise RankFailed(message, place.shard, place.step, address, text) from None
-    finally:
-        took = time.monotonic() - began
-        with _benches_lock:
-            del _began[thread]
-            _longest[place.run_id] = max(took, _longest.get(place.run_id, 0.0))
 
 
 def _find_bench(payload: bytes, run_id: str) -> _Bench:

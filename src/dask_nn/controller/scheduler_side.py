@@ -79,9 +79,7 @@ async def remove_worker(address: str, dask_scheduler: Any) -> None:
     # Told by `remove_worker`, it would close its nanny too.
     if (stream := dask_scheduler.stream_comms.get(address)) is not None:
         with contextlib.suppress(CommClosedError):
-            stream.send(
-                {"op": "close", "reason": EVICTION, "nanny": False, "executor_wait": False}
-            )
+            stream.send({"op": "close", "reason": EVICTION, "nanny": False, "executor_wait": False})
     # The argument that says so was renamed in distributed 2025.
     names = inspect.signature(dask_scheduler.remove_worker).parameters
     blameless = {name: True for name in ("expected", "safe") if name in names}
