@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import dask
 import pytest
 from distributed import Client
 
 from dask_nn.clusters.local import available_cores, local_cluster
-from dask_nn.errors import ConfigurationError
+from dask_nn.errors import ClusterError, ConfigurationError
+
+LOST_AFTER = "distributed.deploy.lost-worker-timeout"
 
 
 def alive(pid: int) -> bool:
@@ -47,6 +55,19 @@ def nap(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def restarted(client: Client) -> int:
+    """Kill the only worker; give the process of the one that its nanny starts instead."""
+    [before] = client.run(os.getpid).values()
+    os.kill(before, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        pids = set(client.run(os.getpid, on_error="ignore").values()) - {before, None}
+        if pids:
+            return pids.pop()
+        time.sleep(0.05)
+    raise TimeoutError("no worker came")
+
+
 def test_available_cores_are_those_of_the_affinity_mask_at_most() -> None:
     assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
 
@@ -71,6 +92,92 @@ def test_nothing_is_left_after_the_block_even_of_a_worker_that_hangs(scratch: Pa
     assert hung.status != "finished"
     assert not any(map(alive, pids))
     assert not list(scratch.iterdir())
+
+
+def test_a_worker_that_hangs_is_gone_even_if_it_was_started_again() -> None:
+    with local_cluster(1, preload=(), dashboard_address=":0") as client:
+        pid = restarted(client)
+        client.submit(nap, 60)
+    assert not alive(pid)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> str:
+    """Give something to import that takes longer than anyone waits."""
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(60)\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("timeout_s", [0.01, 0.1, 1])
+def test_workers_that_are_just_starting_are_gone(timeout_s: float, slow: str) -> None:
+    before = multiprocessing.active_children()
+    with (
+        pytest.raises(ClusterError, match="not there within"),
+        local_cluster(2, preload=[slow], dashboard_address=":0", start_timeout_s=timeout_s),
+    ):
+        pass
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_a_nanny_that_gave_up_its_worker_leaves_nothing(slow: str) -> None:
+    before = multiprocessing.active_children()
+    with (
+        pytest.raises(ClusterError, match="the local cluster did not start: TimeoutError"),
+        local_cluster(1, preload=[slow], dashboard_address=":0", death_timeout=1),
+    ):
+        pass
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_what_others_started_meanwhile_outlives_a_cluster() -> None:
+    own = multiprocessing.get_context("spawn").Process(target=nap, args=(60,))
+    with ExitStack() as first, ExitStack() as second:
+        second.callback(own.kill)
+        hanging = first.enter_context(local_cluster(1, preload=(), dashboard_address=":0"))
+        client = second.enter_context(local_cluster(1, preload=(), dashboard_address=":0"))
+        workers = client.run(os.getpid)
+        own.start()
+        hanging.submit(nap, 60)
+        first.close()
+        assert own.is_alive()
+        assert client.run(os.getpid) == workers
+
+
+def test_clusters_that_overlap_leave_settings_as_they_were() -> None:
+    def settings() -> tuple[Any, ...]:
+        return logging.getLogger("distributed").level, dask.config.collect(), dask.config.config
+
+    options: dict[str, Any] = {"processes": False, "dashboard_address": ":0"}
+    before = settings()
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(local_cluster(1, **options))
+        second.enter_context(local_cluster(1, **options))
+        assert settings() == before
+        first.close()
+        assert settings() == before
+    assert settings() == before
+
+
+def test_a_lost_worker_is_left_to_its_nanny() -> None:
+    """However short a time the configuration gives it; another cluster keeps that time."""
+    with (
+        dask.config.set({LOST_AFTER: "1ms"}),
+        local_cluster(1, preload=(), dashboard_address=":0") as client,
+    ):
+        assert restarted(client)
+        cluster: Any = client.cluster
+        assert list(cluster.workers) == [0]
+        assert dask.config.get(LOST_AFTER) == "1ms"
+
+
+@pytest.mark.parametrize("worker_class", ["no.such", "distributed.NoNanny"])
+def test_a_kind_of_worker_that_there_is_not_is_refused(worker_class: str) -> None:
+    with (
+        pytest.raises(ConfigurationError, match=r"cannot be made: .*(no|NoNanny)'"),
+        local_cluster(1, dashboard_address=":0", worker_class=worker_class),
+    ):
+        pass
 
 
 def test_workers_can_be_threads() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,19 @@ def test_distributed_is_heard_inside_the_block_only() -> None:
     before = logger.level
     assert opened(ask=lambda _: logger.level) == before
     assert logger.level == before
+
+
+def test_a_command_that_hangs_while_it_closes_does_not_hide_what_the_block_gave() -> None:
+    hanging = threading.Event()
+
+    async def end(_: Any) -> None:
+        await asyncio.to_thread(hanging.wait, 20)
+
+    try:
+        given = opened(ask=lambda _: "trained", close=end, close_timeout_s=0.2)
+    finally:
+        hanging.set()
+    assert given == "trained"
 
 
 def test_what_ends_the_rest_has_time_of_its_own_after_a_close_that_hung(

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import socket
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-__all__ = ["free_or_any"]
+from dask_nn.clusters.shared_setting import SharedSetting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["free_or_any", "no_warning_of_busy_ports"]
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # A busy dashboard port is no problem: another one is taken, and its address is shown.
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        yield
+
+
+no_warning_of_busy_ports = SharedSetting(_unwarned)
 
 
 def free_or_any(address: str | int) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import shutil
 import tempfile
 import time
-import warnings
 from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from functools import partial
@@ -17,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import cpu_count
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny
+from distributed.deploy.cluster import Cluster
 
-from dask_nn.clusters.dashboard_port import free_or_any
+from dask_nn.clusters.dashboard_port import free_or_any, no_warning_of_busy_ports
 from dask_nn.clusters.graphics_cards import check_cards, give_a_card_to_each, visible_cards
 from dask_nn.clusters.local_options import check_request
-from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in
+from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in, stop
 from dask_nn.clusters.quiet import quiet_distributed
-from dask_nn.clusters.reason import reason_of
+from dask_nn.clusters.reason import first_reason_of
+from dask_nn.clusters.shared_setting import SharedSetting
+from dask_nn.clusters.worker_processes import WorkerProcesses
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ FEW_WAKE_UPS = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
 }
-# So long after a worker was lost, a local cluster looks whether it is there, and ends its nanny
-# if not, even if a second loss has just happened that the nanny is about to mend.
-PATIENT_WITH_NANNIES = {"distributed.deploy.lost-worker-timeout": "1 day"}
+few_wake_ups = SharedSetting(partial(dask.config.set, FEW_WAKE_UPS))
 # A scheduler that is being made, and imports its dashboard, keeps the event loop busy so long at
 # most on a slow machine.
 SETTLE_TIMEOUT_S = 30.0
@@ -128,24 +127,22 @@ def local_cluster(
         check_cards(workers, cards)
 
     deadline = time.monotonic() + start_timeout_s
-    before = frozenset(child.pid for child in multiprocessing.active_children())
     scratch = tempfile.mkdtemp(prefix="dask-nn-")
     with contextlib.ExitStack() as stack:
         heard = stack.enter_context(quiet_distributed())
-        stack.enter_context(dask.config.set(PATIENT_WITH_NANNIES))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        stack.callback(_kill_children_except, before)
+        processes_left = WorkerProcesses()
+        stack.callback(processes_left.kill)
         runner = loop_blind_to_interrupts()
-        stack.callback(_stop, runner, close_timeout_s)
+        stack.callback(stop, runner, close_timeout_s)
         made: list[LocalCluster] = []
-        stack.push(partial(_close, runner, made, before, close_timeout_s))
-        with warnings.catch_warnings(), dask.config.set(FEW_WAKE_UPS):
-            # A busy dashboard port is no problem: another one is taken, and its address is shown.
-            warnings.filterwarnings("ignore", message="Port .* is already in use")
+        stack.push(partial(_close, runner, made, processes_left, close_timeout_s))
+        with no_warning_of_busy_ports, few_wake_ups:
             making = start_in(
                 runner,
                 _make(
                     made,
+                    processes_left,
                     n_workers=workers,
                     threads_per_worker=threads_per_worker,
                     processes=processes,
@@ -166,7 +163,7 @@ def local_cluster(
             )
             try:
                 cluster = making.result()
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, ImportError, AttributeError) as error:
                 raise ConfigurationError(f"the local cluster cannot be made: {error}") from error
             if gpus:
                 give_a_card_to_each(cluster, cards)
@@ -176,10 +173,10 @@ def local_cluster(
             except Exception as error:
                 if isinstance(error, TimeoutError) and not started.done():
                     # A start that is cancelled half-way leaves a cluster that cannot be closed.
-                    _kill_children_except(before)
+                    processes_left.kill()
                     wait([started], timeout=1)
                     raise _too_late(start_timeout_s) from None
-                reason = _deepest(error)
+                reason = first_reason_of(error)
                 raise ClusterError(f"the local cluster did not start: {reason}") from error
         client = Client(cluster, timeout=30)
         stack.callback(client.close, timeout=close_timeout_s)
@@ -225,15 +222,17 @@ def _too_late(timeout_s: float) -> ClusterError:
     )
 
 
-def _deepest(error: BaseException) -> str:
-    """Give what the first of a chain of errors says: the others say that a nanny failed."""
-    cause = error.__cause__ or error.__context__
-    return reason_of(error) if cause is None else _deepest(cause)
-
-
-async def _make(made: list[LocalCluster], **options: Any) -> LocalCluster:
+async def _make(
+    made: list[LocalCluster], processes_left: WorkerProcesses, **options: Any
+) -> LocalCluster:
+    if options["processes"]:
+        options["worker_class"] = processes_left.noted_by(options.get("worker_class") or Nanny)
     cluster = LocalCluster(**options)
     made.append(cluster)
+    # Else it ends a nanny whose worker was lost a while ago (lost-worker-timeout) and is not there,
+    # even if a second loss has just happened that the nanny is about to mend.
+    only_noted = partial(Cluster._update_worker_status, cluster)  # noqa: SLF001 - no public name
+    vars(cluster)["_update_worker_status"] = only_noted
     # The block closes it; at the end of the process there would be no loop to do so.
     cluster.shutdown_on_close = False
     return cluster
@@ -253,7 +252,7 @@ async def _closed(cluster: Any) -> None:
 def _close(
     runner: LoopRunner,
     made: list[LocalCluster],
-    before: frozenset[int | None],
+    processes_left: WorkerProcesses,
     timeout_s: float,
     error: type[BaseException] | None,
     *_: object,
@@ -267,7 +266,7 @@ def _close(
             await asyncio.wait({closing}, timeout=patience_s)
             if not closing.done():
                 # Workers that hang must not keep the caller; without them the cluster closes.
-                _kill_children_except(before)
+                processes_left.kill()
                 await asyncio.wait({closing}, timeout=timeout_s)
             if closing.done():
                 closing.result()
@@ -276,17 +275,3 @@ def _close(
         # It has its turn when the loop has made what it is just making: that cannot be closed
         # before it is there, and would go on using the scratch folder.
         see_through(start_in(runner, close()), SETTLE_TIMEOUT_S)
-
-
-def _stop(runner: LoopRunner, timeout_s: float) -> None:
-    """Stop the event loop; a task that still runs in a thread of this process keeps nobody."""
-    with contextlib.suppress(TimeoutError):
-        runner.stop(timeout_s)
-
-
-def _kill_children_except(before: frozenset[int | None]) -> None:
-    left = [child for child in multiprocessing.active_children() if child.pid not in before]
-    for child in left:
-        child.kill()
-    for child in left:
-        child.join(timeout=1)

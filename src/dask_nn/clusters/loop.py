@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from distributed.utils import LoopRunner
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-__all__ = ["loop_blind_to_interrupts", "run_in", "see_through", "start_in"]
+__all__ = ["loop_blind_to_interrupts", "run_in", "see_through", "start_in", "stop"]
 
 
 def loop_blind_to_interrupts() -> LoopRunner:
@@ -76,3 +77,9 @@ def see_through[T](future: Future[T], timeout_s: float) -> T:
     finally:
         if pressed:
             raise KeyboardInterrupt
+
+
+def stop(runner: LoopRunner, timeout_s: float) -> None:
+    """Stop the event loop; what still runs in a thread of this process keeps nobody."""
+    with contextlib.suppress(TimeoutError):
+        runner.stop(timeout_s)

@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dask_nn.clusters.shared_setting import SharedSetting
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
 __all__ = ["quiet", "quiet_distributed"]
+
+_hushed: dict[str, SharedSetting] = {}
 
 
 @contextmanager
@@ -21,12 +25,12 @@ def quiet(name: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     Yields
     ------
     callable
-        Gives a context manager inside which the logger is as it was before.
+        Gives a context manager inside which the logger is as it was before, unless another block
+        needs it quiet.
     """
-    logger = logging.getLogger(name)
-    before = logger.level
-    with _at_level(logger, logging.CRITICAL):
-        yield partial(_at_level, logger, before)
+    hush = _hushed.setdefault(name, SharedSetting(partial(_critical_only, name)))
+    with hush:
+        yield partial(_without, hush)
 
 
 def quiet_distributed() -> AbstractContextManager[Callable[[], AbstractContextManager[None]]]:
@@ -35,10 +39,20 @@ def quiet_distributed() -> AbstractContextManager[Callable[[], AbstractContextMa
 
 
 @contextmanager
-def _at_level(logger: logging.Logger, level: int) -> Iterator[None]:
+def _critical_only(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
     before = logger.level
-    logger.setLevel(level)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _without(hush: SharedSetting) -> Iterator[None]:
+    hush.__exit__()
+    try:
+        yield
+    finally:
+        hush.__enter__()

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-__all__ = ["reason_of"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["first_reason_of", "reason_of"]
 
 
 def reason_of(error: BaseException) -> str:
-    """Give what an error says, of the errors behind it if it says nothing itself."""
-    seen = str(error).strip()
-    cause = error.__cause__ or error.__context__
-    # A deadline that is over cancels what it waits for: that is no reason.
-    if not seen and isinstance(cause, Exception):
-        return reason_of(cause)
-    return seen or type(error).__name__
+    """Give what an error says, or else what one behind it does."""
+    texts = (str(each).strip() for each in _chain(error))
+    return next(filter(None, texts), type(error).__name__)
+
+
+def first_reason_of(error: BaseException) -> str:
+    """Give what the first of a chain of errors says: those after it say that something failed."""
+    telling = [each for each in _chain(error) if str(each).strip() or type(each) is TimeoutError]
+    return reason_of(telling[-1] if telling else error)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Give an error and those behind it, the last first."""
+    behind: BaseException | None = error
+    while behind is not None:
+        yield behind
+        behind = behind.__cause__ or behind.__context__
+        # A deadline that is over cancels what it waits for: neither that nor what the waiting was
+        # busy with is a reason.
+        if not isinstance(behind, Exception):
+            return

@@ -7,14 +7,14 @@ import contextlib
 import inspect
 import logging
 import time
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
 from distributed.deploy.adaptive import Adaptive
 
-from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in
+from dask_nn.clusters.dashboard_port import no_warning_of_busy_ports
+from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in, stop
 from dask_nn.clusters.quiet import quiet, quiet_distributed
 from dask_nn.clusters.reason import reason_of
 from dask_nn.clusters.replacement import Replacement
@@ -107,7 +107,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         heard = stack.enter_context(quiet_distributed())
         runner = loop_blind_to_interrupts()
-        stack.callback(runner.stop, 1)
+        stack.callback(stop, runner, 1)
         made: list[Cluster] = []
         stack.callback(_close, runner, made, close, close_timeout_s)
         deadline = time.monotonic() + request.timeout_s
@@ -151,9 +151,7 @@ def _start_cluster(
 
     started = start_in(runner, start())
     try:
-        with warnings.catch_warnings(), quiet("tornado.application"):
-            # A busy dashboard port is no problem: another one is taken, and its address is shown.
-            warnings.filterwarnings("ignore", message="Port .* is already in use")
+        with no_warning_of_busy_ports, quiet("tornado.application"):
             started.result()
     except KeyboardInterrupt:
         # A job that is just being submitted has no number yet by which it could be ended.
