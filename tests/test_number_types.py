@@ -173,7 +173,7 @@ UNFIT = {
     "missing": ("i8", [1.0, np.nan, 1.0, 0.0], "float64", "nan"),
     "broken": ("i8", [1.0, 0.9, 1.0, 0.0], "float64", "0.9"),
     "large": ("u1", [1, 300, 1, 0], "int64", "300"),
-    "text": ("i8", ["1", "0", "1", "0"], "<U1", "1"),
+    "text": ("i8", ["1", "0", "1", "0"], "<U1", "'1'"),
 }
 unfit = pytest.mark.parametrize(("dtype", "values", "found", "value"), UNFIT.values(), ids=UNFIT)
 
@@ -239,7 +239,7 @@ def test_evaluate_refuses_targets_of_another_type(anywhere, kind, metric):
 def test_evaluate_refuses_weights_of_another_type(anywhere):
     X, y = da.zeros((8, 1), chunks=4, dtype="f4"), told("i8", LABELS, LABELS)
     weight = told("f4", [1.0] * 4, ["1"] * 4)
-    said = BLOCK + refusal("f4", "<U1", "1", "sample_weight")
+    said = BLOCK + refusal("f4", "<U1", "'1'", "sample_weight")
     with pytest.raises(DataError, match=said):
         dask_nn.evaluate(
             nn.Linear(1, 2),
