@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numbers
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dask_nn.errors import DataError
 
-__all__ = ["cast", "check_cast", "find_misfit"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["cast", "check_cast", "find_misfit", "join"]
 
 # Longer values are cut off where an error shows them.
 SHOWN_LETTERS = 80
@@ -58,6 +61,34 @@ def cast(
     """
     check_cast(found, dtype, what, kind=kind)
     return found.astype(dtype, copy=False)
+
+
+def join(
+    blocks: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], name: str
+) -> np.ndarray[Any, Any]:
+    """Join all blocks of a field, each of them being checked before.
+
+    NumPy would take a type for them that makes text of numbers, or rounds integers beside floats.
+
+    Parameters
+    ----------
+    blocks : sequence of ndarray
+        At least one; shape (rows, ...).
+    dtype : numpy.dtype
+        The type of the field. They are cast to it if theirs differ.
+    name : str
+        Of the field, for errors.
+
+    Raises
+    ------
+    DataError
+        If a value has no equal in the type; names its block.
+    """
+    for number, block in enumerate(blocks):
+        check_cast(block, dtype, f"block {number} of {name}")
+    if len({block.dtype for block in blocks}) > 1:
+        blocks = [block.astype(dtype, copy=False) for block in blocks]
+    return np.concatenate(blocks)
 
 
 def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any = None) -> str:
