@@ -154,8 +154,43 @@ def test_validation_data_of_another_type_is_refused(memory, where):
 @in_memory
 def test_a_type_that_holds_the_same_numbers_gives_the_same_bits(memory, where, tmp_path):
     expected = train(parts(np.array(WHOLE, "u1")), client=None).weights_sha256
-    for data in ((parts(WHOLE),), (table(tmp_path, WHOLE, np.array(LABELS, "f4")), "label")):
+    objects = parts(np.array(WHOLE, object), np.array(LABELS, object))
+    floats = table(tmp_path, WHOLE, np.array(LABELS, "f4"))
+    for data in ((parts(WHOLE),), (objects,), (floats, "label")):
         assert train(*data, validation=data, memory=memory, **where).weights_sha256 == expected
+
+
+@in_memory
+def test_validation_data_of_objects_gives_the_same_loss(memory, where):
+    given = parts(WHOLE), parts(np.array(WHOLE, object), np.array(LABELS, object))
+    history = [train(parts(WHOLE), validation=v, memory=memory, **where).history for v in given]
+    assert history[0][-1]["val_loss"] == history[1][-1]["val_loss"]
+
+
+@in_memory
+@pytest.mark.parametrize("of", ["X", "y"])
+def test_text_in_the_rows_that_a_step_is_tried_on_is_refused(memory, of, where):
+    """Two rows a block: those of block 1 are among the first."""
+    blocks = {"X": [column([1.0, 2.0])] * 4, "y": [np.array([0.0, 1.0])] * 4}
+    blocks[of][1:2] = [blocks[of][1].astype("U3")]
+    data = [da.concatenate([from_block(a, a.shape) for a in blocks[name]]) for name in ("X", "y")]
+    said = rf"block 1 of {of} has type <U3, expected float32 .* the value '[01]\.0'"
+    with pytest.raises(DataError, match=said):
+        dask_nn.train(
+            nn.Linear(1, 1),
+            *data,
+            loss=squared,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            batch_size=8,
+            epochs=1,
+            memory=memory,
+            strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
+            **where,
+        )
+
+
+def from_block(block: np.ndarray[Any, Any], shape: tuple[float, ...]) -> da.Array:
+    return da.from_delayed(delayed(block, pure=False), shape, "f4")
 
 
 @strange
