@@ -8,10 +8,12 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+import torch
 from dask.delayed import delayed
 
-from dask_nn.data.blocks import align
-from dask_nn.data.streaming import stream_blocks
+from dask_nn.data.batches import batch_dtypes, stored_dtype
+from dask_nn.data.blocks import Field, align
+from dask_nn.data.streaming import _type_in_batch, stream_blocks
 from dask_nn.errors import DataError
 
 
@@ -100,8 +102,30 @@ def test_a_block_of_a_small_target_that_is_of_another_type_is_named(
 def test_large_integers_beside_other_numbers_are_not_rounded(client, known, dtype, other):
     y = column(dtype, np.array([LARGE] * 4, dtype), other, known=known)
     (found,) = kept(client, known=known, y=y)
-    assert found.dtype == dtype
+    assert found.dtype == np.int64
     assert found.tolist() == [LARGE] * 4 + [0, 1, 0, 1]
+
+
+@known_or_not
+def test_small_columns_take_what_a_batch_takes(client, known):
+    """As resident blocks do: labels of any integer type, weights that are no integers."""
+    y = column("u1", np.array([1, 2, 3, 4], "u1"), [300, 1, 2, 3], known=known)
+    weight = column("i8", [1, 2, 3, 4], [0.5, 1.0, 1.5, 2.0], known=known)
+    real = column("f4", np.ones(4, "f4"), np.array([0.1] * 4), known=known)
+    found = kept(client, known=known, y=y, **{"y.b": real}, sample_weight=weight)
+    assert [one[4].item() for one in found] == [300, 0.1, 0.5]
+
+
+@pytest.mark.parametrize("name", ["y", "y.a", "sample_weight"])
+@pytest.mark.parametrize("dtype", ["?", "u1", "i2", "i8", "u8", "f2", "f4", "f8"])
+def test_types_are_compared_with_those_of_batches(name, dtype):
+    field = Field(name=name, shape=(), dtype=np.dtype(dtype))
+    (expected,) = batch_dtypes([field], torch.float64)
+    found = _type_in_batch(name, field.dtype)
+    if expected.is_floating_point:
+        assert found.kind == "f"
+    else:
+        assert found == stored_dtype(expected)
 
 
 @known_or_not

@@ -75,7 +75,8 @@ def join(
     blocks : sequence of ndarray
         At least one; shape (rows, ...).
     dtype : numpy.dtype
-        The type of the field. They are cast to it if theirs differ.
+        The type that the field has in a batch. They are cast to it if theirs differ, but floating
+        ones to float64: a batch rounds them, once.
     name : str
         Of the field, for errors.
 
@@ -87,7 +88,8 @@ def join(
     for number, block in enumerate(blocks):
         check_cast(block, dtype, f"block {number} of {name}")
     if len({block.dtype for block in blocks}) > 1:
-        blocks = [block.astype(dtype, copy=False) for block in blocks]
+        whole = np.float64 if dtype.kind == "f" else dtype
+        blocks = [block.astype(whole, copy=False) for block in blocks]
     return np.concatenate(blocks)
 
 

@@ -170,7 +170,7 @@ def stream_blocks(
     recipes, shared = write_recipes(list(lazy.values()), surveyor.sizes)
     surveyor.share(shared)
     places = [names.index(name) for name in lazy]
-    types = [array.dtype for array in lazy.values()]
+    types = [_type_in_batch(name, array.dtype) for name, array in lazy.items()]
     targets = [number for number, name in enumerate(lazy) if not name.startswith("X")]
     if known:
         lengths = tuple(map(int, next(iter(lazy.values())).chunks[0]))
@@ -181,10 +181,11 @@ def stream_blocks(
             found = surveyor.look(_values, parts, " and ".join(of))
             for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
                 check_rows(block, columns, length, of=of)
-            kept |= {
+            joined = {
                 places[number]: join(column, types[number], names[places[number]])
                 for number, column in zip(small, zip(*found, strict=True), strict=True)
             }
+            kept |= {place: one for place, one in joined.items() if one.nbytes <= KEPT_BYTES}
     else:
         share = max(1, 2 * KEPT_BYTES // max(1, len(recipes)))
         look = partial(_survey, targets, share)
@@ -263,6 +264,13 @@ def _check_inputs(lazy: dict[str, da.Array], kept: dict[int, Array], names: list
                 "much to be sent to every worker; give it as a Dask array too"
             )
             raise DataError(message)
+
+
+def _type_in_batch(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Tell the type of a target or weight in a batch, as `batch_dtypes` does with torch's."""
+    if name == "sample_weight" and dtype.kind != "f":
+        return np.dtype(np.float64)
+    return np.dtype(np.int64) if dtype.kind in "iu" else dtype
 
 
 def _values(columns: tuple[Array, ...]) -> tuple[Array, ...]:
