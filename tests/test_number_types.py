@@ -154,8 +154,43 @@ def test_validation_data_of_another_type_is_refused(memory, where):
 @in_memory
 def test_a_type_that_holds_the_same_numbers_gives_the_same_bits(memory, where, tmp_path):
     expected = train(parts(np.array(WHOLE, "u1")), client=None).weights_sha256
-    for data in ((parts(WHOLE),), (table(tmp_path, WHOLE, np.array(LABELS, "f4")), "label")):
+    objects = parts(np.array(WHOLE, object), np.array(LABELS, object))
+    floats = table(tmp_path, WHOLE, np.array(LABELS, "f4"))
+    for data in ((parts(WHOLE),), (objects,), (floats, "label")):
         assert train(*data, validation=data, memory=memory, **where).weights_sha256 == expected
+
+
+@in_memory
+def test_validation_data_of_objects_gives_the_same_loss(memory, where):
+    given = parts(WHOLE), parts(np.array(WHOLE, object), np.array(LABELS, object))
+    history = [train(parts(WHOLE), validation=v, memory=memory, **where).history for v in given]
+    assert history[0][-1]["val_loss"] == history[1][-1]["val_loss"]
+
+
+@in_memory
+@pytest.mark.parametrize("of", ["X", "y"])
+def test_text_in_the_rows_that_a_step_is_tried_on_is_refused(memory, of, where):
+    """Two rows a block: those of block 1 are among the first."""
+    blocks = {"X": [column([1.0, 2.0])] * 4, "y": [np.array([0.0, 1.0])] * 4}
+    blocks[of][1:2] = [blocks[of][1].astype("U3")]
+    data = [da.concatenate([from_block(a, a.shape) for a in blocks[name]]) for name in ("X", "y")]
+    said = rf"block 1 of {of} has type <U3, expected float32 .* the value '[01]\.0'"
+    with pytest.raises(DataError, match=said):
+        dask_nn.train(
+            nn.Linear(1, 1),
+            *data,
+            loss=squared,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            batch_size=8,
+            epochs=1,
+            memory=memory,
+            strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
+            **where,
+        )
+
+
+def from_block(block: np.ndarray[Any, Any], shape: tuple[float, ...]) -> da.Array:
+    return da.from_delayed(delayed(block, pure=False), shape, "f4")
 
 
 @strange
@@ -173,7 +208,7 @@ UNFIT = {
     "missing": ("i8", [1.0, np.nan, 1.0, 0.0], "float64", "nan"),
     "broken": ("i8", [1.0, 0.9, 1.0, 0.0], "float64", "0.9"),
     "large": ("u1", [1, 300, 1, 0], "int64", "300"),
-    "text": ("i8", ["1", "0", "1", "0"], "<U1", "1"),
+    "text": ("i8", ["1", "0", "1", "0"], "<U1", "'1'"),
 }
 unfit = pytest.mark.parametrize(("dtype", "values", "found", "value"), UNFIT.values(), ids=UNFIT)
 
@@ -239,7 +274,7 @@ def test_evaluate_refuses_targets_of_another_type(anywhere, kind, metric):
 def test_evaluate_refuses_weights_of_another_type(anywhere):
     X, y = da.zeros((8, 1), chunks=4, dtype="f4"), told("i8", LABELS, LABELS)
     weight = told("f4", [1.0] * 4, ["1"] * 4)
-    said = BLOCK + refusal("f4", "<U1", "1", "sample_weight")
+    said = BLOCK + refusal("f4", "<U1", "'1'", "sample_weight")
     with pytest.raises(DataError, match=said):
         dask_nn.evaluate(
             nn.Linear(1, 2),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -55,10 +56,17 @@ def test_unknown_lengths_of_other_axes_are_refused() -> None:
         one_chunk_per_row_block("X", X[:, X[0] > 0])
 
 
-def test_unknown_lengths_of_other_axes_are_refused_before_anything_is_computed() -> None:
+@pytest.mark.parametrize("names", [("X", "y"), ("y", "X")], ids=["first", "last"])
+def test_unknown_lengths_of_other_axes_are_refused_before_anything_is_computed(names) -> None:
+    seen: list[int] = []
     X = da.ones((4, 6), chunks=(2, 6))
-    with pytest.raises(DataError, match="axis 1 of X is unknown"):
-        aligned({"X": X[X[:, 0] > 0][:, X[0] > 0]})
+    y = da.zeros(3, chunks=1).map_blocks(lambda b: seen.append(1) or b, meta=np.empty(0))
+    arrays = {"X": X[X[:, 0] > 0][:, X[0] > 0], "y": y[da.zeros(3, chunks=1) < 1]}
+    with dask.config.set(scheduler="sync"), pytest.raises(DataError, match="axis 1 of X is unkn"):
+        aligned({name: arrays[name] for name in names})
+    assert not seen
+    arrays["y"].compute(scheduler="sync")
+    assert len(seen) == 3
 
 
 def test_ragged_lists_are_refused() -> None:

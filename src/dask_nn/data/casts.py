@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dask_nn.errors import DataError
 
-__all__ = ["cast", "check_cast", "find_misfit"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["cast", "check_cast", "find_misfit", "join"]
+
+# Longer values are cut off where an error shows them.
+SHOWN_LETTERS = 80
 
 
-def check_cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> None:
+def check_cast(
+    found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str, *, kind: Any = None
+) -> None:
     """Check that an array may be cast: NumPy itself makes 0 of a missing value, and 44 of 300.
 
     Values are looked at only where the type has no room for all that the array's type can hold.
-    Floating types take every number: rounded, or infinite where it is too large for them.
+    Floating types take every real number: rounded, or infinite where it is too large for them.
+    An object that Python itself can make no float of is refused, such as an integer of 400 digits.
 
     Parameters
     ----------
@@ -26,18 +36,22 @@ def check_cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> 
         The type of the whole, of which they are a part.
     what : str
         How the error calls them.
+    kind : object, optional
+        How the error calls their type; that of the array by default.
 
     Raises
     ------
     DataError
         If a value has no equal in the type.
     """
-    if misfit := find_misfit(found, dtype):
+    if misfit := find_misfit(found, dtype, kind=kind):
         message = f"{what} {misfit}"
         raise DataError(message)
 
 
-def cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> np.ndarray[Any, Any]:
+def cast(
+    found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str, *, kind: Any = None
+) -> np.ndarray[Any, Any]:
     """Give an array in the type of the whole; itself if it has that already.
 
     Raises
@@ -45,37 +59,89 @@ def cast(found: np.ndarray[Any, Any], dtype: np.dtype[Any], what: str) -> np.nda
     DataError
         As `check_cast` does.
     """
-    check_cast(found, dtype, what)
+    check_cast(found, dtype, what, kind=kind)
     return found.astype(dtype, copy=False)
 
 
-def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> str:
+def join(
+    blocks: Sequence[np.ndarray[Any, Any]], dtype: np.dtype[Any], name: str
+) -> np.ndarray[Any, Any]:
+    """Join all blocks of a field, each of them being checked before.
+
+    NumPy would take a type for them that makes text of numbers, or rounds integers beside floats.
+
+    Parameters
+    ----------
+    blocks : sequence of ndarray
+        At least one; shape (rows, ...).
+    dtype : numpy.dtype
+        The type that the field has in a batch. They are cast to it if theirs differ, but floating
+        ones to float64: a batch rounds them, once.
+    name : str
+        Of the field, for errors.
+
+    Raises
+    ------
+    DataError
+        If a value has no equal in the type; names its block.
+    """
+    for number, block in enumerate(blocks):
+        check_cast(block, dtype, f"block {number} of {name}")
+    if len({block.dtype for block in blocks}) > 1:
+        whole = np.float64 if dtype.kind == "f" else dtype
+        blocks = [block.astype(whole, copy=False) for block in blocks]
+    return np.concatenate(blocks)
+
+
+def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any = None) -> str:
     """Say why an array may not be cast, for an error that begins with its name; empty if it may."""
-    kind = found.dtype.kind
-    if np.can_cast(found.dtype, dtype, "safe") or (dtype.kind == "f" and kind in "biuf"):
+    code = found.dtype.kind
+    if np.can_cast(found.dtype, dtype, "safe") or (dtype.kind == "f" and code in "biuf"):
         return ""
     if not found.size:  # pandas gives a type to columns of no rows, too
         return ""
     same = np.zeros(found.shape, bool)
-    if kind == "O":
-        same.flat = [_fits(value, dtype) for value in found.flat]
-    elif kind in "biuf":
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        if code == "O":
+            same.flat = [_fits(value, dtype) for value in found.flat]
+        elif code in "biuf":
             same = found.astype(dtype) == found
     if same.all():
         return ""
     value = found.flat[int(same.argmin())]
     return (
-        f"has type {found.dtype}, expected {dtype} in all blocks, and the value {value!s}, which "
-        "that type cannot hold: give it one type where the data is made, or fill the missing "
-        "values there (they make floats of integers)"
+        f"has type {found.dtype if kind is None else kind}, expected {dtype} in all blocks, and "
+        f"the value {_shown(value)}, which that type cannot hold: give it one type where the data "
+        "is made, or fill the missing values there (they make floats of integers)"
     )
 
 
 def _fits(value: Any, dtype: np.dtype[Any]) -> bool:
-    if dtype.kind == "f":  # Python would read text as numbers
-        return value is None or isinstance(value, numbers.Number | np.bool_)
+    if value is None:
+        return dtype.kind == "f"
+    # Python would read text as numbers. NumPy's durations pass for integers.
+    if not isinstance(value, numbers.Real | Decimal | np.bool_) or isinstance(
+        value, np.timedelta64
+    ):
+        return False
     try:
+        if dtype.kind == "f":
+            float(value)
+            return True
         return bool(dtype.type(value) == value)
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def _shown(value: Any) -> str:
+    """Write a value as Python does, text in quotation marks, and NumPy's numbers without type."""
+    if isinstance(value, str):
+        text = repr(str(value))
+    elif isinstance(value, np.generic):
+        text = str(value)
+    else:
+        try:
+            text = repr(value)
+        except ValueError:  # Python writes no integers of thousands of digits
+            text = f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."

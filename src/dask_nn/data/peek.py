@@ -10,7 +10,7 @@ import cloudpickle
 import numpy as np
 from distributed import Future
 
-from dask_nn.data.casts import find_misfit
+from dask_nn.data.casts import cast, find_misfit
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.problem import Problem, this_worker
 from dask_nn.data.reader import with_retries
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-    from dask_nn.data.blocks import Blocks
+    from dask_nn.data.blocks import Blocks, Field
 
 __all__ = ["LabelRange", "check_finite", "label_range", "sample"]
 
@@ -57,7 +57,7 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
     Raises
     ------
     DataError
-        If blocks are not what their arrays said, or cannot be computed.
+        If blocks are not what their arrays said, hold no numbers, or cannot be computed.
     """
     takes = []
     for number, length in enumerate(blocks.lengths):
@@ -81,6 +81,10 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
                 for n, take in takes
             ]
         )
+    heads = [
+        [_numbers(head, field, number) for head, field in zip(arrays, blocks.fields, strict=True)]
+        for (number, _), arrays in zip(takes, heads, strict=True)
+    ]
     columns = [np.concatenate(column) for column in zip(*heads, strict=True)]
     for field, column in zip(blocks.fields, columns, strict=True):
         expected = (sum(take for _, take in takes), *field.shape)
@@ -220,6 +224,13 @@ def _heads(order: bytes, shared: list[Any]) -> list[list[Array]] | Problem:
 
 def _head(array: Array, rows: int) -> Array:
     return np.array(array[:rows], dtype=array.dtype.newbyteorder("="))
+
+
+def _numbers(head: Array, field: Field, block: int) -> Array:
+    """Give rows as numbers; those of objects in the type of their field."""
+    if head.dtype.kind in "biuf":
+        return head
+    return cast(head, field.dtype.newbyteorder("="), f"block {block} of {field.name}")
 
 
 def _first(function: Callable[[Array], Any], columns: tuple[Array, ...]) -> Any:

@@ -15,6 +15,7 @@ from dask.delayed import Delayed, delayed
 from dask.utils import ensure_dict, format_bytes
 from distributed.client import futures_of
 
+from dask_nn.data.casts import join
 from dask_nn.data.cuts import check_width, cut_rows
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_rows
@@ -143,6 +144,12 @@ def stream_blocks(
         For the workers.
     surveyor : Surveyor
         Holds the shared parts on the cluster: `futures`, and `literals` that were sent there.
+
+    Raises
+    ------
+    DataError
+        If the length of an axis other than the first is unknown, before anything is computed; if a
+        block cannot be computed, is too large, or is not what its array says.
     """
     names = list(arrays)
     lazy = {name: array for name, array in arrays.items() if isinstance(array, da.Array)}
@@ -151,7 +158,7 @@ def stream_blocks(
         for place, (name, array) in enumerate(arrays.items())
         if name not in lazy
     }
-    _check_kept(kept, names)
+    _check_inputs(lazy, kept, names)
     finite: set[int] = set()
     known = not any(np.isnan(array.shape[0]) for array in lazy.values())
     if not known and len({array.numblocks[0] for array in lazy.values()}) > 1:
@@ -163,6 +170,7 @@ def stream_blocks(
     recipes, shared = write_recipes(list(lazy.values()), surveyor.sizes)
     surveyor.share(shared)
     places = [names.index(name) for name in lazy]
+    types = [_type_in_batch(name, array.dtype) for name, array in lazy.items()]
     targets = [number for number, name in enumerate(lazy) if not name.startswith("X")]
     if known:
         lengths = tuple(map(int, next(iter(lazy.values())).chunks[0]))
@@ -173,10 +181,11 @@ def stream_blocks(
             found = surveyor.look(_values, parts, " and ".join(of))
             for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
                 check_rows(block, columns, length, of=of)
-            kept |= {
-                places[number]: np.concatenate(column)
+            joined = {
+                places[number]: join(column, types[number], names[places[number]])
                 for number, column in zip(small, zip(*found, strict=True), strict=True)
             }
+            kept |= {place: one for place, one in joined.items() if one.nbytes <= KEPT_BYTES}
     else:
         share = max(1, 2 * KEPT_BYTES // max(1, len(recipes)))
         look = partial(_survey, targets, share)
@@ -188,7 +197,7 @@ def stream_blocks(
             finite.add(places[target])
             values = [block.values[number] for block in found]
             if all(value is not None for value in values):
-                column = np.concatenate(values)
+                column = join(values, types[target], names[places[target]])
                 if column.nbytes <= KEPT_BYTES:
                     kept[places[target]] = column
     streamed = [number for number, place in enumerate(places) if place not in kept]
@@ -222,8 +231,6 @@ def _with_lengths(name: str, array: da.Array, client: Client | None) -> da.Array
 
 def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Array]:
     """Cut arrays at the rows of the first, and smaller where a block would be too large."""
-    for name, array in lazy.items():
-        check_width(name, array)
     (first, reference), *_ = lazy.items()
     row_bytes = sum(array.dtype.itemsize * int(np.prod(array.shape[1:])) for array in lazy.values())
     largest = max(reference.chunks[0], default=0)
@@ -247,7 +254,9 @@ def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Arr
         }
 
 
-def _check_kept(kept: dict[int, Array], names: list[str]) -> None:
+def _check_inputs(lazy: dict[str, da.Array], kept: dict[int, Array], names: list[str]) -> None:
+    for name, chunked in lazy.items():
+        check_width(name, chunked)
     for place, array in kept.items():
         if array.nbytes > KEPT_BYTES:
             message = (
@@ -255,6 +264,13 @@ def _check_kept(kept: dict[int, Array], names: list[str]) -> None:
                 "much to be sent to every worker; give it as a Dask array too"
             )
             raise DataError(message)
+
+
+def _type_in_batch(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Tell the type of a target or weight in a batch, as `batch_dtypes` does with torch's."""
+    if name == "sample_weight" and dtype.kind != "f":
+        return np.dtype(np.float64)
+    return np.dtype(np.int64) if dtype.kind in "iu" else dtype
 
 
 def _values(columns: tuple[Array, ...]) -> tuple[Array, ...]:

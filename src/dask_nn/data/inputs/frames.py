@@ -166,12 +166,20 @@ class Table:
                 "and is a category in the DataFrame's meta; make it one, or mend the meta"
             )
             raise DataError(message)
-        if hasattr(series.dtype, "na_value") and not isinstance(series.dtype, np.dtype):
-            missing = np.asarray(series.isna())
-            if self.dtype.kind == "f":
-                return np.asarray(series.to_numpy(dtype=self.dtype, na_value=np.nan))
-            self._refuse_missing(missing, series)
-        return cast(np.asarray(series), self.dtype, f"column {series.name!r} of {self.name}")
+        values = self._values(series)
+        what = f"column {series.name!r} of {self.name}"
+        return cast(values, self.dtype, what, kind=series.dtype)
+
+    def _values(self, series: Any) -> np.ndarray[Any, Any]:
+        """Give the values of a column, NaN where one is missing and floats are expected."""
+        if isinstance(series.dtype, np.dtype):
+            return np.asarray(series)
+        if self.dtype.kind != "f":
+            self._refuse_missing(np.asarray(series.isna()), series)
+            return np.asarray(series)
+        # pandas itself would make numbers of text and dates.
+        whole = self.dtype if series.dtype.kind in "biuf" else object
+        return np.asarray(series.to_numpy(dtype=whole, na_value=np.nan))
 
     def _with_known_categories(self, series: Any) -> Any:
         """Give a column the categories of the whole table; a partition may have others."""
