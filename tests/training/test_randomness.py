@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
 
+from dask_nn.diagnosis.canary import standard_fingerprint_here
 from dask_nn.training.randomness import ShardRandomness, restored_generator
 
 
@@ -68,6 +69,49 @@ def test_whoever_draws_is_never_disturbed_by_one_that_did_not_draw_before():
         lambda: torch.cat([torch.rand(2), torch.rand(2)]), 1, 1
     )
     assert torch.equal(whole, again)
+
+
+def leave() -> None:
+    """Do as a rank that was not waited for, and ends at last."""
+    with restored_generator():
+        inside.set()
+        assert drawing.wait(5)
+
+
+def draw() -> None:
+    """Do as the rank of another run."""
+    assert drawing.wait(5)
+    numbers(shared=False)
+
+
+inside, drawing = threading.Event(), threading.Event()
+
+
+@pytest.mark.parametrize("disturb", [leave, draw, standard_fingerprint_here])
+def test_a_rank_that_is_alone_in_its_gang_is_not_disturbed_by_others_of_its_process(disturb):
+    inside.clear()
+    drawing.clear()
+
+    def slowly() -> torch.Tensor:
+        first = torch.rand(2)
+        drawing.set()
+        wait([other], timeout=0.5)  # who must wait until all is drawn
+        return torch.cat([first, torch.rand(2)])
+
+    def twice() -> torch.Tensor:
+        return torch.cat([torch.rand(2), torch.rand(2)])
+
+    randomness = ShardRandomness(7, shared=False)
+    expected = randomness.run(twice, 1, 1)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(disturb)
+        if disturb is leave:
+            assert inside.wait(5)
+        if disturb is standard_fingerprint_here:
+            other.result(30)  # imports much the first time
+            other = pool.submit(disturb)
+        assert torch.equal(randomness.run(slowly, 1, 1), expected)
+        other.result(30)
 
 
 def test_functions_that_draw_nothing_run_side_by_side():

@@ -14,7 +14,7 @@ from dask_nn.data.blocks import Field
 from dask_nn.diagnosis.probe import in_thread
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.canary import fingerprint
-from dask_nn.training.randomness import restored_generator
+from dask_nn.training.randomness import own_generator
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.spec import TrainingSpec
 
@@ -62,8 +62,9 @@ async def standard_fingerprint() -> str:
 
 def standard_fingerprint_here() -> str:
     """Compute the hash of the canary's gradients with one thread, in hexadecimal."""
-    # The generator is the user's: layers draw their first values from it.
-    with _lock, task_runtime(1), restored_generator():
+    # The generator is the user's, and of a rank that trains here: layers draw their first values
+    # from it.
+    with _lock, task_runtime(1), own_generator():
         return _fingerprint().hex()
 
 

@@ -13,7 +13,7 @@ from dask_nn.data.plan import key64
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["ShardRandomness"]
+__all__ = ["ShardRandomness", "own_generator", "restored_generator"]
 
 SEED_BITS = (1 << 63) - 1
 
@@ -24,12 +24,16 @@ class _GeneratorLock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._sharing = 0
-        self._taken = False
+        self._owner: int | None = None
+        self._depth = 0
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            yield
+            return
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken)
+            self._changed.wait_for(lambda: self._owner is None)
             self._sharing += 1
         try:
             yield
@@ -40,19 +44,26 @@ class _GeneratorLock:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
+        """Have it alone; who has it may take it again."""
+        me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken)
-            self._taken = True
-            self._changed.wait_for(lambda: not self._sharing)
+            if self._owner != me:
+                self._changed.wait_for(lambda: self._owner is None)
+                self._owner = me
+                self._changed.wait_for(lambda: not self._sharing)
+            self._depth += 1
         try:
             yield
         finally:
             with self._changed:
-                self._taken = False
-                self._changed.notify_all()
+                self._depth -= 1
+                if not self._depth:
+                    self._owner = None
+                    self._changed.notify_all()
 
 
-# PyTorch's default generator belongs to the process; ranks that are threads of one share it.
+# PyTorch's default generator belongs to the process; ranks that are threads of one share it. A rank
+# may meet others unawares: one that was not waited for, of a run that ended, or another run's.
 _generator = _GeneratorLock()
 
 
@@ -88,8 +99,9 @@ class ShardRandomness:
         ``compute`` may be called twice; the second call must not see effects of the first.
         """
         if not self._shared:
-            self._reseed(step, shard)
-            return compute()
+            with _generator.alone():
+                self._reseed(step, shard)
+                return compute()
         if not self._draws:
             with _generator.shared():
                 before = torch.default_generator.get_state()
@@ -97,7 +109,7 @@ class ShardRandomness:
                 untouched = torch.equal(torch.default_generator.get_state(), before)
             if untouched:
                 return result
-        with _generator.alone(), restored_generator():
+        with own_generator():
             self._reseed(step, shard)
             before = torch.default_generator.get_state()
             result = compute()
@@ -114,8 +126,17 @@ class ShardRandomness:
 @contextlib.contextmanager
 def restored_generator() -> Iterator[None]:
     """Give the process its random state back afterwards."""
-    state = torch.default_generator.get_state()
+    with _generator.alone():
+        state = torch.default_generator.get_state()
     try:
         yield
     finally:
-        torch.default_generator.set_state(state)
+        with _generator.alone():
+            torch.default_generator.set_state(state)
+
+
+@contextlib.contextmanager
+def own_generator() -> Iterator[None]:
+    """Have the process's generator alone, and give its state back afterwards."""
+    with _generator.alone(), restored_generator():
+        yield
