@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import dask
 import pytest
 from distributed import Client
 
+from dask_nn.clusters import default_client
 from dask_nn.clusters.local import available_cores, local_cluster
 from dask_nn.errors import ClusterError, ConfigurationError
 
@@ -146,17 +148,29 @@ def test_what_others_started_meanwhile_outlives_a_cluster() -> None:
 
 def test_clusters_that_overlap_leave_settings_as_they_were() -> None:
     def settings() -> tuple[Any, ...]:
-        return logging.getLogger("distributed").level, dask.config.collect(), dask.config.config
+        level = logging.getLogger("distributed").level
+        return level, copy.deepcopy(dask.config.config) | {"scheduler": None}
+
+    def scheduler() -> Any:
+        return dask.config.get("scheduler", None)
 
     options: dict[str, Any] = {"processes": False, "dashboard_address": ":0"}
-    before = settings()
+    before, computed_by = settings(), scheduler()
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(local_cluster(1, **options))
         second.enter_context(local_cluster(1, **options))
         assert settings() == before
         first.close()
         assert settings() == before
+        assert scheduler() == "dask.distributed"
     assert settings() == before
+    assert scheduler() == computed_by
+
+
+def test_a_client_whose_end_takes_long_does_not_replace_the_result(monkeypatch) -> None:
+    monkeypatch.setattr(default_client, "CLOSE_TIMEOUT_S", 0.2)
+    with local_cluster(1, processes=False, dashboard_address=":0") as client:
+        client.loop.add_callback(time.sleep, 1.0)
 
 
 def test_a_lost_worker_is_left_to_its_nanny() -> None:

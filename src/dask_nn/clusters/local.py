@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.system import cpu_count
-from distributed import Client, LocalCluster, Nanny
+from distributed import LocalCluster, Nanny
 from distributed.deploy.cluster import Cluster
 
 from dask_nn.clusters.dashboard_port import free_or_any, no_warning_of_busy_ports
+from dask_nn.clusters.default_client import default_client
 from dask_nn.clusters.graphics_cards import check_cards, give_a_card_to_each, visible_cards
 from dask_nn.clusters.local_options import check_request
 from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in, stop
@@ -31,7 +32,7 @@ from dask_nn.errors import ClusterError, ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from distributed import Security
+    from distributed import Client, Security
     from distributed.utils import LoopRunner
 
     from dask_nn.clusters.request import ClusterRequest
@@ -178,8 +179,7 @@ def local_cluster(
                     raise _too_late(start_timeout_s) from None
                 reason = first_reason_of(error)
                 raise ClusterError(f"the local cluster did not start: {reason}") from error
-        client = Client(cluster, timeout=30)
-        stack.callback(client.close, timeout=close_timeout_s)
+        client = stack.enter_context(default_client(cluster))
         try:
             client.wait_for_workers(workers, timeout=max(0.1, deadline - time.monotonic()))
         except TimeoutError:

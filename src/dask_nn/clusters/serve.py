@@ -10,10 +10,10 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client
 from distributed.deploy.adaptive import Adaptive
 
 from dask_nn.clusters.dashboard_port import no_warning_of_busy_ports
+from dask_nn.clusters.default_client import default_client
 from dask_nn.clusters.loop import loop_blind_to_interrupts, run_in, see_through, start_in, stop
 from dask_nn.clusters.quiet import quiet, quiet_distributed
 from dask_nn.clusters.reason import reason_of
@@ -23,6 +23,7 @@ from dask_nn.errors import ClusterError, DaskNNError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 
+    from distributed import Client
     from distributed.deploy.cluster import Cluster
     from distributed.utils import LoopRunner
 
@@ -113,8 +114,7 @@ def serve(
         deadline = time.monotonic() + request.timeout_s
         _start_cluster(runner, request, make, made, explain, hopeless)
         cluster = made[0]
-        client = Client(cluster, timeout=30, set_as_default=True)
-        stack.callback(client.close, timeout=5)
+        client = stack.enter_context(default_client(cluster))
         _wait(runner, cluster, request, deadline, explain, hopeless)
         if keep or request.adapt:
             start_in(runner, _keep(cluster, request.adapt)).result(10)
