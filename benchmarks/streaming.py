@@ -368,6 +368,8 @@ def main(*, size: str, limit: str, rounds: int, part: str, folder: Path | None, 
     console, others = Console(highlight=False, soft_wrap=True), OtherLoad()
     found: dict[str, Any] = {}
     out.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dask-nn-bench-", dir=folder) as name:
         place = Path(name)
         with dask.config.set({"temporary-directory": name}):
