@@ -32,18 +32,16 @@ def scaled(rows: torch.Tensor) -> torch.Tensor:
     return rows.float() / 8
 
 
-def train(*data: Any, **options: Any) -> Any:
+def train(*data: Any, kind: type[nn.Linear] = nn.Linear, **options: Any) -> Any:
     torch.manual_seed(0)
     return dask_nn.train(
-        nn.Linear(1, 2),
+        kind(1, 2),
         *data,
         loss=nn.CrossEntropyLoss(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
-        batch_size=4,
         epochs=1,
-        transform=scaled,
         strategy=dask_nn.Synchronous(shards=2, threads_per_rank=1),
-        **options,
+        **{"batch_size": 4, "transform": scaled, **options},
     )
 
 
@@ -101,16 +99,13 @@ class Members(nn.Linear):
 def test_the_member_of_a_dictionary_is_named(memory, where):
     X = {"left": da.ones((8, 1), "f4", chunks=4), "right": told("u1", [[1]] * 4, [[300]] * 4)}
     with pytest.raises((DataError, RankFailed), match=r"block 1 of X\.right has type int64, exp"):
-        dask_nn.train(
-            Members(1, 2),
+        train(
             X,
             told("i8", LABELS, LABELS),
-            loss=nn.CrossEntropyLoss(),
-            optimizer=partial(torch.optim.SGD, lr=0.1),
+            kind=Members,
             batch_size=8,
-            epochs=1,
+            transform=None,
             memory=memory,
-            strategy=dask_nn.Synchronous(shards=2, threads_per_rank=1),
             **where,
         )
 

@@ -42,7 +42,7 @@ class Orders:
         """Stop, save what is reached, and wait until it is written."""
         self.save.set()  # first, as above
         self.wait.set()
-        self.leave()
+        self.stop.set()
 
     def votes(self) -> tuple[float, float, float]:
         """Give what a rank that was told to stop says to its gang: to stop, to save, to wait."""
