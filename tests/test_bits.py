@@ -17,7 +17,8 @@ import torch
 from distributed import Client, LocalCluster
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.checkpoint import checkpoint
 
 import dask_nn
 from dask_nn.checkpoints.serialization import weights_sha256
@@ -102,6 +103,42 @@ class Ones(nn.Module):
         return self.layer(x * self.mask)
 
 
+class Drawing(nn.Module):
+    """Draws random numbers in evaluation, too, and again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.4))
+        self.last = nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = checkpoint(self.first, x, use_reentrant=False)
+        return self.last(hidden + 0.1 * torch.randn_like(hidden))
+
+
+def drawing_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(output + 0.5 * torch.randn_like(output), target)
+
+
+class Langevin(SGD):
+    """Begins with random numbers, and goes on with more."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["drift"] = 0.01 * torch.randn_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                drift = self.state[parameter]["drift"]
+                parameter.add_(drift).add_(torch.randn_like(parameter), alpha=0.01)
+
+
 @dataclass
 class Case:
     """One training, of 8 shards."""
@@ -135,6 +172,8 @@ class Case:
         return (da.from_array(X, chunks=(self.block, 6)), y), options
 
 
+DRAWS = "random numbers in forward, backward, loss and validation"
+LANGEVIN = "an optimizer that draws random numbers"
 NORMALIZED = "batch norm, dropout, Adam, schedule, clipping"
 CASES = {
     "ragged last batch, validation and metrics": Case(
@@ -174,6 +213,16 @@ CASES = {
     "integer and boolean buffers": Case(203, Ones),
     "blocks stay with their shard": Case(203, perceptron, {"shuffle": "within"}),
     "data in its own order": Case(203, perceptron, {"shuffle": False}),
+    DRAWS: Case(203, Drawing, {"loss": drawing_loss}, validated=True),
+    LANGEVIN: Case(
+        203,
+        perceptron,
+        {
+            "optimizer": partial(Langevin, lr=0.1, momentum=0.9),
+            "lr_scheduler": ReduceLROnPlateau,
+        },
+        validated=True,
+    ),
     "double precision": Case(208, lambda: normalized().double()),
 }
 ON_CLUSTERS = (
@@ -183,6 +232,10 @@ ON_CLUSTERS = (
     (NORMALIZED, "graph"),
     ("sample weights and class weights", "spmd"),
     ("random numbers in some shards", "spmd"),
+    (DRAWS, "spmd"),
+    (DRAWS, "graph"),
+    (LANGEVIN, "spmd"),
+    (LANGEVIN, "graph"),
 )
 TIMES = ("seconds", "samples_per_s")
 
@@ -221,7 +274,6 @@ def run_gang(run: PreparedRun, world_size: int, **options: Any) -> list[RankOutc
             comm=comm,
             reader=MemoryReader(run.blocks.arrays),
             validation_reader=validation,
-            shared_process=world_size > 1,
         )
         return rank_main(run.spec, env)
 

@@ -181,7 +181,6 @@ def test_a_rank_that_cannot_even_begin_leaves_nothing(client, clean):
         address=address,
         leader=address,
         collective="serial",
-        shared_process=False,
     )
     future = client.submit(worker_side.run_rank, b"no pickle", seat, workers=[address], pure=False)
     with pytest.raises(pickle.UnpicklingError):

@@ -335,7 +335,6 @@ def test_a_rank_is_not_started_twice(job, undisturbed, make_cluster, same_bits, 
             address=dask_worker.address,
             leader=dask_worker.address,
             collective="shared_memory",
-            shared_process=False,
         )
 
     class Repeat(dask_nn.Callback):
@@ -368,7 +367,6 @@ SEAT = worker_side.Seat(
     address="tcp://a:1",
     leader="tcp://a:1",
     collective="serial",
-    shared_process=False,
 )
 
 

@@ -1,135 +1,251 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from dask_nn.diagnosis.canary import standard_fingerprint_here
-from dask_nn.training.randomness import ShardRandomness, restored_generator
+from dask_nn.errors import Aborted, DaskNNError
+from dask_nn.training.randomness import (
+    SeededRandomness,
+    own_generator,
+    patience,
+    restored_generator,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
-@pytest.fixture(autouse=True)
-def _generator():
-    with restored_generator():
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Do as if another rank were a thread of this process, between two steps."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with restored_generator():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        assert inside.wait(5)
         yield
+    finally:
+        leave.set()
+        thread.join()
 
 
-def numbers(shared: bool, step: int = 3, shard: int = 2, seed: int = 7) -> torch.Tensor:
-    return ShardRandomness(seed, shared=shared).run(lambda: torch.rand(4), step, shard)
+def drawn(_: bool = False) -> torch.Tensor:
+    return torch.rand(4)
 
 
-def test_numbers_depend_on_seed_step_and_shard_alone():
+def quiet(_: bool = False) -> None:
+    return None
+
+
+def numbers(step: int = 3, shard: int = 2, seed: int = 7) -> torch.Tensor:
+    with restored_generator():
+        return SeededRandomness(seed).run(drawn, step, shard)
+
+
+def test_numbers_depend_on_seed_and_key_alone():
     torch.manual_seed(1)
-    expected = numbers(shared=False)
+    expected = numbers()
     torch.manual_seed(2)
-    assert torch.equal(numbers(shared=False), expected)
-    assert torch.equal(numbers(shared=True), expected)
+    assert torch.equal(numbers(), expected)
+    with another_user():
+        assert torch.equal(numbers(), expected)
+        assert torch.equal(SeededRandomness(7).run_once(drawn, 3, 2), expected)
     for other in ({"step": 4}, {"shard": 3}, {"seed": 8}):
-        assert not torch.equal(numbers(shared=False, **other), expected)
+        assert not torch.equal(numbers(**other), expected)
 
 
 def test_a_function_that_begins_to_draw_is_repeated_with_its_own_numbers():
-    expected = ShardRandomness(7, shared=False).run(lambda: torch.rand(4), 1, 0)
-    randomness = ShardRandomness(7, shared=True)
-    randomness.run(lambda: torch.ones(1), 0, 0)
-    assert randomness.may_repeat
-    assert torch.equal(randomness.run(lambda: torch.rand(4), 1, 0), expected)
-    assert not randomness.may_repeat
+    calls: list[bool] = []
+
+    def draw(again: bool) -> torch.Tensor:
+        calls.append(again)
+        return torch.rand(4)
+
+    with another_user(), restored_generator():
+        randomness = SeededRandomness(7)
+        randomness.run(quiet, 0, 0)
+        assert torch.equal(randomness.run(draw, 1, 0), numbers(1, 0))
+        assert calls == [True, False]
+        randomness.run(draw, 2, 0)
+        assert calls == [True, False, False]
 
 
-def test_whoever_draws_is_never_disturbed_by_one_that_did_not_draw_before():
-    expected = [numbers(shared=False, step=1, shard=shard) for shard in range(2)]
-    surprise = ShardRandomness(7, shared=True)
-    surprise.run(lambda: torch.ones(1), 0, 0)
-    steady = ShardRandomness(7, shared=True)
-    drawing, go_on = threading.Event(), threading.Event()
-
-    def slowly() -> torch.Tensor:
-        first = torch.rand(2)
-        drawing.set()
-        go_on.wait(0.2)  # ends early only if the other one draws in between, which it must not
-        return torch.cat([first, torch.rand(2)])
-
-    def suddenly() -> torch.Tensor:
-        found = torch.rand(4)
-        go_on.set()
-        return found
-
-    with ThreadPoolExecutor(2) as pool:
-        second = pool.submit(steady.run, slowly, 1, 1)
-        assert drawing.wait(5)
-        first = pool.submit(surprise.run, suddenly, 1, 0)
-        found = [first.result(5), second.result(5)]
-    whole = torch.cat([found[1][:2], found[1][2:]])
-    assert torch.equal(found[0], expected[0])
-    torch.manual_seed(0)
-    again = ShardRandomness(7, shared=False).run(
-        lambda: torch.cat([torch.rand(2), torch.rand(2)]), 1, 1
-    )
-    assert torch.equal(whole, again)
+def test_whoever_has_no_company_is_called_once():
+    calls: list[bool] = []
+    with restored_generator():
+        randomness = SeededRandomness(7)
+        for step in range(3):
+            randomness.run(calls.append, step, 0)
+    assert calls == [False, False, False]
 
 
 def leave() -> None:
     """Do as a rank that was not waited for, and ends at last."""
     with restored_generator():
-        inside.set()
-        assert drawing.wait(5)
+        pass
 
 
 def draw() -> None:
     """Do as the rank of another run."""
-    assert drawing.wait(5)
-    numbers(shared=False)
+    numbers()
 
 
-inside, drawing = threading.Event(), threading.Event()
+def begin_to_draw() -> None:
+    """Do as a rank that drew nothing before."""
+    with restored_generator():
+        surprise = SeededRandomness(7)
+        surprise.run(quiet, 0, 0)
+        surprise.run(drawn, 1, 1)
 
 
-@pytest.mark.parametrize("disturb", [leave, draw, standard_fingerprint_here])
-def test_a_rank_that_is_alone_in_its_gang_is_not_disturbed_by_others_of_its_process(disturb):
-    inside.clear()
-    drawing.clear()
+def update() -> None:
+    """Do as an optimizer that draws."""
+    with restored_generator():
+        SeededRandomness(7).run_once(drawn, "update", 1)
 
-    def slowly() -> torch.Tensor:
+
+@pytest.mark.parametrize("disturb", [leave, draw, begin_to_draw, update, standard_fingerprint_here])
+def test_a_rank_that_draws_is_not_disturbed_by_others_of_its_process(disturb):
+    standard_fingerprint_here()  # imports much the first time
+    drawing = threading.Event()
+    ended = threading.Event()
+
+    def disturbing() -> None:
+        assert drawing.wait(5)
+        disturb()
+        ended.set()
+
+    def slowly(_: bool) -> torch.Tensor:
         first = torch.rand(2)
         drawing.set()
-        wait([other], timeout=0.5)  # who must wait until all is drawn
+        ended.wait(0.3)  # ends early only if the other one does not wait, which `leave` need not
         return torch.cat([first, torch.rand(2)])
 
-    def twice() -> torch.Tensor:
+    def at_once(_: bool) -> torch.Tensor:
         return torch.cat([torch.rand(2), torch.rand(2)])
 
-    randomness = ShardRandomness(7, shared=False)
-    expected = randomness.run(twice, 1, 1)
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(disturb)
-        if disturb is leave:
-            assert inside.wait(5)
-        if disturb is standard_fingerprint_here:
-            other.result(30)  # imports much the first time
-            other = pool.submit(disturb)
+    with restored_generator(), ThreadPoolExecutor(1) as pool:
+        randomness = SeededRandomness(7)
+        expected = randomness.run(at_once, 1, 1)
+        other = pool.submit(disturbing)
         assert torch.equal(randomness.run(slowly, 1, 1), expected)
         other.result(30)
 
 
 def test_functions_that_draw_nothing_run_side_by_side():
     meeting = threading.Barrier(2, timeout=5)
-    each = [ShardRandomness(7, shared=True) for _ in range(2)]
-    for randomness in each:
-        randomness.run(lambda: None, 0, 0)
+
+    def rank() -> int:
+        with restored_generator():
+            randomness = SeededRandomness(7)
+            meeting.wait()  # both are users now
+            randomness.run(quiet, 0, 0)
+            return randomness.run(lambda _: meeting.wait(), 1, 0)
+
     with ThreadPoolExecutor(2) as pool:
-        waits = [pool.submit(randomness.run, meeting.wait, 1, 0) for randomness in each]
-        assert sorted(wait.result(5) for wait in waits) == [0, 1]
+        waits = [pool.submit(rank) for _ in range(2)]
+        assert sorted(wait.result(10) for wait in waits) == [0, 1]
 
 
 def test_an_error_leaves_the_generator_to_others():
-    def fail() -> None:
+    def fail(_: bool) -> None:
         message = "no"
         raise ValueError(message)
 
-    randomness = ShardRandomness(7, shared=True)
-    with pytest.raises(ValueError, match="no"):
-        randomness.run(fail, 0, 0)
-    assert torch.equal(numbers(shared=True), numbers(shared=False))
+    expected = numbers()
+    with restored_generator(), pytest.raises(ValueError, match="no"):
+        SeededRandomness(7).run(fail, 0, 0)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(numbers).result(5), expected)
+
+
+def test_overlapping_users_give_the_process_its_state_back():
+    before = torch.default_generator.get_state()
+    first, second = restored_generator(), restored_generator()
+    first.__enter__()
+    draw()
+    second.__enter__()
+    draw()
+    first.__exit__(None, None, None)
+    draw()
+    second.__exit__(None, None, None)
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
+@contextmanager
+def taken() -> Iterator[None]:
+    """Let another thread have the generator."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def have() -> None:
+        with own_generator():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=have)
+    thread.start()
+    try:
+        assert inside.wait(5)
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+def abort() -> None:
+    message = "told to end"
+    raise Aborted(message)
+
+
+def impatient() -> Callable[[], None]:
+    return patience(0.0)
+
+
+@pytest.mark.parametrize(("waiting", "error"), [(abort, Aborted), (impatient(), DaskNNError)])
+def test_whoever_waits_may_stop_waiting_and_is_in_nobodys_way(waiting, error):
+    with taken():
+        with pytest.raises(error):
+            SeededRandomness(7, waiting=waiting).run(quiet, 0, 0)
+        with pytest.raises(error), own_generator(waiting):
+            pass
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(numbers).result(5)
+
+
+def test_whoever_gives_up_waiting_for_sharers_leaves_the_generator_to_others():
+    """As Ctrl-C in a client whose process runs ranks, too."""
+    sharing, go_on = threading.Event(), threading.Event()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def share(_: bool) -> None:
+        sharing.set()
+        assert go_on.wait(5)
+
+    def rank() -> None:
+        with restored_generator():
+            randomness = SeededRandomness(7)
+            randomness.run(quiet, 0, 0)
+            randomness.run(share, 1, 0)
+
+    with ThreadPoolExecutor(2) as pool, another_user():
+        first = pool.submit(rank)
+        assert sharing.wait(5)
+        with pytest.raises(KeyboardInterrupt), own_generator(interrupt):
+            pass
+        go_on.set()
+        first.result(5)
+        pool.submit(numbers).result(5)

@@ -24,7 +24,7 @@ from dask_nn.metrics.objective import Objective
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.canary import fingerprint
 from dask_nn.training.layout import LeafLayout
-from dask_nn.training.randomness import ShardRandomness
+from dask_nn.training.randomness import SeededRandomness, restored_generator
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.snapshot import Snapshot
 from dask_nn.training.state import TrainingState
@@ -94,7 +94,10 @@ class _Bench:
 
     def __init__(self, payload: bytes) -> None:
         self.spec: TrainingSpec = pickle.loads(payload)  # noqa: S301  (made by the run's client)
-        self.state = TrainingState(self.spec, CPU)
+        # Threads of this process work side by side, and none of them is watched while it waits.
+        self.randomness = SeededRandomness(self.spec.seed)
+        self.validation_randomness = SeededRandomness(self.spec.seed)
+        self.state = self.first_state()
         self.layout = LeafLayout(self.state.model)
         self.dtypes = batch_dtypes(self.spec.fields, self.layout.floating)
         self.objective = Objective(self.spec.loss, weighted=self.spec.weighted).with_ignored(
@@ -104,7 +107,7 @@ class _Bench:
             self.state.model,
             objective=self.objective,
             layout=self.layout,
-            randomness=ShardRandomness(self.spec.seed, shared=True),
+            randomness=self.randomness,
             transform=self.spec.transform,
             grouping=self.spec.grouping,
             device=CPU,
@@ -118,7 +121,11 @@ class _Bench:
             scheduler=self.state.step_scheduler,
             divides=self.objective.kind == "mean_normalized",
             clip_grad_norm=self.spec.clip_grad_norm,
+            randomness=self.randomness,
         )
+
+    def first_state(self) -> TrainingState:
+        return self.randomness.run_once(lambda: TrainingState(self.spec, CPU), "state")
 
     def load(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
         snapshot.load(self.state, weights_only=weights_only)
@@ -152,7 +159,7 @@ def at_work(run_id: str) -> tuple[float, float]:
 def first_snapshot(payload: bytes, run_id: str) -> Snapshot:
     """Give the state before the first step."""
     with _at_bench(payload, run_id, step=0) as bench:
-        return Snapshot.take(TrainingState(bench.spec, CPU))
+        return Snapshot.take(bench.first_state())
 
 
 def open_window(
@@ -251,7 +258,7 @@ def update(
         found: StepTotal = bench.update.read()
         if not is_finite(found):
             return replace(snapshot, non_finite=True, last_loss=found.mean_loss)
-        bench.update.apply(found, step_count)
+        bench.update.apply(found, step_count, snapshot.steps)
         bench.state.step += 1
         bench.state.steps += 1
         return Snapshot.take(
@@ -288,6 +295,8 @@ def validate_block(
                 bench.dtypes,
                 spec=bench.spec,
                 objective=bench.objective,
+                randomness=bench.validation_randomness,
+                step=snapshot.steps,
             )
 
 
@@ -295,7 +304,9 @@ def end_epoch(payload: bytes, run_id: str, snapshot: Snapshot, monitored: float)
     """Go to the next epoch."""
     with _at_bench(payload, run_id, step=snapshot.steps) as bench:
         bench.load(snapshot)
-        bench.state.end_epoch(monitored)
+        bench.randomness.run_once(
+            lambda: bench.state.end_epoch(monitored), "epoch", bench.state.epoch
+        )
         return Snapshot.take(bench.state)
 
 
@@ -308,14 +319,14 @@ def canary(payload: bytes, run_id: str) -> bytes:
             bench.spec,
             dtypes=bench.dtypes,
             device=CPU,
-            shared=True,
+            randomness=bench.randomness,
         )
 
 
 @contextlib.contextmanager
 def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Iterator[_Bench]:
     """Work with this thread's bench."""
-    with _watched(run_id), _named(Place(run_id, step, shard)):
+    with _watched(run_id), _named(Place(run_id, step, shard)), restored_generator():
         bench = _find_bench(payload, run_id)
         with (
             keeping_freed_memory(linger_s=between_tasks_s),

@@ -160,7 +160,10 @@ class Options:
         if not isinstance(model, nn.Module) and callable(model):
             import torch
 
-            with torch.random.fork_rng(devices=[]):
+            from dask_nn.training.randomness import own_generator, patience
+
+            # Ranks of another run may be threads of this process.
+            with own_generator(patience()):
                 torch.manual_seed(self.seed)
                 model = model()
         if not isinstance(model, nn.Module):

@@ -142,7 +142,6 @@ class RankGroup:
         self._changed = changed
         workers = seating.workers
         hosts = host_sizes(rank_places(seating))
-        processes = [(worker.host, worker.process) for worker in workers]
         self.seats = [
             Seat(
                 run_id=run_id,
@@ -153,7 +152,6 @@ class RankGroup:
                 leader=workers[0].address,
                 collective=collective,
                 hosts=hosts,
-                shared_process=processes.count(processes[rank]) > 1,
                 source=source,
                 canary=canary,
             )

@@ -73,8 +73,6 @@ class Seat:
         The worker of rank 0, where the gang meets.
     collective : str
         Name of the communicator.
-    shared_process : bool
-        Whether other ranks run in the same process.
     hosts : tuple of int
         Ranks on each host, in the order of ranks.
     source : StateSource, optional
@@ -90,7 +88,6 @@ class Seat:
     address: str
     leader: str
     collective: str
-    shared_process: bool
     hosts: tuple[int, ...] = ()
     source: keeping.StateSource | None = None
     canary: bytes = b""
@@ -309,7 +306,6 @@ def _run_rank(
                     ),
                     room_bytes=room_bytes(worker),
                     address=worker.address,
-                    shared_process=seat.shared_process,
                     orders=handle.orders,
                     waiting=tell_of_saving,
                     last_save=content.last_save,

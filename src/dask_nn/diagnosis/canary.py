@@ -13,7 +13,7 @@ from dask_nn.data.blocks import Field
 from dask_nn.diagnosis.probe import in_thread
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.canary import fingerprint
-from dask_nn.training.randomness import own_generator
+from dask_nn.training.randomness import SeededRandomness, own_generator, patience
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.spec import TrainingSpec
 
@@ -61,7 +61,7 @@ def standard_fingerprint_here() -> str:
     """Compute the hash of the canary's gradients with one thread, in hexadecimal."""
     # The generator is the user's, and of a rank that trains here, or of another worker of this
     # process: layers draw their first values from it.
-    with task_runtime(1), own_generator():
+    with task_runtime(1), own_generator(patience()):
         return _fingerprint().hex()
 
 
@@ -90,7 +90,7 @@ def _fingerprint() -> bytes:
         spec,
         dtypes=(torch.float32, torch.int64),
         device=torch.device("cpu"),
-        shared=True,
+        randomness=SeededRandomness(spec.seed),
     )
 
 

@@ -16,7 +16,6 @@ import torch
 
 from dask_nn.errors import IncompatibleWorkers
 from dask_nn.training.layout import LeafLayout
-from dask_nn.training.randomness import ShardRandomness
 from dask_nn.training.step import ShardStep
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from dask_nn.collectives.base import Communicator
     from dask_nn.metrics.objective import Objective
+    from dask_nn.training.randomness import SeededRandomness
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["canary_of", "compare_canaries", "expected_bits", "fingerprint"]
@@ -81,7 +81,7 @@ def fingerprint(
     *,
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
-    shared: bool,
+    randomness: SeededRandomness,
 ) -> bytes:
     """Hash what this process computes for the spec's sample; the model stays as it is.
 
@@ -101,7 +101,7 @@ def fingerprint(
         probe,
         objective=objective,
         layout=layout,
-        randomness=ShardRandomness(spec.seed, shared=shared),
+        randomness=randomness,
         transform=spec.transform,
         grouping=spec.grouping,
         device=device,

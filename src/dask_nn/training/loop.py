@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dask_nn.metrics.objective import Objective
     from dask_nn.training.checkpointing import Checkpointer
     from dask_nn.training.orders import Orders
-    from dask_nn.training.randomness import ShardRandomness
+    from dask_nn.training.randomness import SeededRandomness
     from dask_nn.training.spec import TrainingSpec
     from dask_nn.training.state import TrainingState
     from dask_nn.training.validation import Validation
@@ -58,7 +58,7 @@ class TrainingLoop:
         Of the state's model.
     objective : Objective
         The loss.
-    randomness : ShardRandomness
+    randomness : SeededRandomness
         Of this rank.
     reader : BlockReader
         Of the training blocks.
@@ -92,7 +92,7 @@ class TrainingLoop:
         *,
         layout: LeafLayout,
         objective: Objective,
-        randomness: ShardRandomness,
+        randomness: SeededRandomness,
         reader: BlockReader,
         dtypes: tuple[torch.dtype, ...],
         validation: Validation | None,
@@ -108,6 +108,7 @@ class TrainingLoop:
         self._spec = spec
         self._state = state
         self._comm = comm
+        self._randomness = randomness
         self._validation = validation
         self._orders = orders
         self._on_progress = on_progress
@@ -134,6 +135,7 @@ class TrainingLoop:
             scheduler=state.step_scheduler,
             divides=objective.kind == "mean_normalized",
             clip_grad_norm=spec.clip_grad_norm,
+            randomness=randomness,
         )
         self._batches = ShardBatches(
             spec.plan_of,
@@ -303,7 +305,7 @@ class TrainingLoop:
         """Update, and count the step as done."""
         if faults.hook is not None:
             faults.hook("in the optimizer", self._place())
-        self._update.apply(total, step_count)
+        self._update.apply(total, step_count, self._state.steps)
         self._loss_sum += total.loss
         self._normalizer += total.normalizer
         self._samples += step_count
@@ -323,13 +325,14 @@ class TrainingLoop:
         record = {"epoch": float(state.epoch), "loss": loss}
         record |= self._epoch_metrics()
         if self._validation is not None:
-            record |= self._validation.run(state.model)
+            record |= self._validation.run(state.model, state.steps)
         record |= {"samples_per_s": self._samples / seconds, "seconds": seconds}
         for metrics in self._metrics.values():
             metrics.reset()
         self._carried = []
         self.history.append(record)
-        state.end_epoch(record.get("val_loss", record["loss"]))
+        monitored = record.get("val_loss", record["loss"])
+        self._randomness.run_once(partial(state.end_epoch, monitored), "epoch", state.epoch)
         self._loss_sum = self._normalizer = 0.0
         self._samples = 0
         self._started = time.perf_counter()

@@ -14,7 +14,7 @@ from dask_nn.errors import ConfigurationError, DaskNNError, DataError, ModelErro
 from dask_nn.grouping import call_model, group_of, map_inputs
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.layout import LeafLayout
-from dask_nn.training.randomness import ShardRandomness, restored_generator
+from dask_nn.training.randomness import SeededRandomness, patience, restored_generator
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.state import TrainingState
 from dask_nn.training.step import ShardOutput, ShardStep
@@ -52,10 +52,19 @@ def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> ShardOutpu
     ModelError
         If transform, model or loss fail on the sample.
     """
+    # Ranks of another run may be threads of this process.
+    randomness = SeededRandomness(spec.seed, waiting=patience())
+    with restored_generator():
+        return _try_step(spec, labels, randomness)
+
+
+def _try_step(
+    spec: TrainingSpec, labels: LabelRange | None, randomness: SeededRandomness
+) -> ShardOutput:
     if spec.sample is None:
         message = "a spec needs sample rows to be tried on"
         raise ConfigurationError(message)
-    TrainingState(spec, torch.device("cpu"))
+    randomness.run_once(lambda: TrainingState(spec, torch.device("cpu")), "state")
     model = copy.deepcopy(spec.model).cpu().train()
     dtypes = batch_dtypes(spec.fields, LeafLayout(model).floating)
     batch = tuple(
@@ -68,7 +77,7 @@ def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> ShardOutpu
     for rows in sorted({count, fewest}, reverse=True):
         part = tuple(tensor[:rows].clone() for tensor in batch)
         try:
-            found = _compute(spec, model, part)
+            found = _compute(spec, model, part, randomness)
         except DaskNNError:
             raise
         except Exception as error:
@@ -90,14 +99,17 @@ def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> ShardOutpu
 
 
 def _compute(
-    spec: TrainingSpec, model: nn.Module, batch: tuple[torch.Tensor, ...]
+    spec: TrainingSpec,
+    model: nn.Module,
+    batch: tuple[torch.Tensor, ...],
+    randomness: SeededRandomness,
 ) -> ShardOutput | None:
     layout = LeafLayout(model)
     step = ShardStep(
         model,
         objective=Objective(spec.loss, weighted=spec.weighted),
         layout=layout,
-        randomness=ShardRandomness(spec.seed, shared=False),
+        randomness=randomness,
         transform=spec.transform,
         grouping=spec.grouping,
         device=torch.device("cpu"),
@@ -106,7 +118,6 @@ def _compute(
     count = len(batch[0])
     with (
         task_runtime(torch.get_num_threads(), deterministic=spec.bitwise),
-        restored_generator(),
         warnings.catch_warnings(),
     ):
         # Outputs (n, 1) and targets (n,) broadcast to (n, n): PyTorch only warns.

@@ -1,40 +1,76 @@
-"""Random numbers that depend on (seed, step, shard) alone, whoever computes the shard."""
+"""Random numbers that depend on the run's seed and a key alone, whoever draws them."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+import time
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dask_nn.data.plan import key64
+from dask_nn.errors import DaskNNError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["ShardRandomness", "own_generator", "restored_generator"]
+__all__ = ["SeededRandomness", "own_generator", "patience", "restored_generator"]
 
 SEED_BITS = (1 << 63) - 1
+# How often whoever waits for the generator looks whether it should go on waiting.
+LOOK_S = 0.1
+# A shard's step may take minutes on the processor that a client shares with it.
+PATIENCE_S = 600.0
 
 
-class _GeneratorLock:
-    """Many that draw nothing, or one that draws, may use the generator at a time."""
+class _Turns:
+    """Whose turn it is to use PyTorch's default generator, which belongs to the process.
+
+    Ranks that are threads of one process meet there, and one may meet others unawares: one that was
+    not waited for, of a run that ended, or another run's. Many that draw nothing, or one that
+    draws, have their turn at a time, in the order in which they come.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
         self._sharing = 0
         self._owner: int | None = None
         self._depth = 0
+        self._users: Counter[int] = Counter()
+        self._before: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
+    def used(self) -> Iterator[None]:
+        """Be one of those who use it; the last of them gives it its first state back."""
+        me = threading.get_ident()
+        with self._changed:
+            if not self._users:
+                self._before = _state()
+            self._users[me] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users[me] -= 1
+                if not self._users[me]:
+                    del self._users[me]
+                if not self._users:
+                    _set_state(self._before)
+
+    def has_others(self) -> bool:
+        """Tell whether other threads use it."""
+        return len(self._users) > (threading.get_ident() in self._users)
+
+    @contextlib.contextmanager
+    def shared(self, waiting: Callable[[], None] | None) -> Iterator[None]:
+        """Share it with others that draw nothing; who has it alone has it all the more."""
         if self._owner == threading.get_ident():
             yield
             return
-        with self._changed:
-            self._changed.wait_for(lambda: self._owner is None)
-            self._sharing += 1
+        self._take(lambda: self._owner is None, self._share, waiting)
         try:
             yield
         finally:
@@ -43,100 +79,166 @@ class _GeneratorLock:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, waiting: Callable[[], None] | None) -> Iterator[None]:
         """Have it alone; who has it may take it again."""
-        me = threading.get_ident()
-        with self._changed:
-            if self._owner != me:
-                self._changed.wait_for(lambda: self._owner is None)
-                self._owner = me
-                self._changed.wait_for(lambda: not self._sharing)
-            self._depth += 1
+        if self._owner != threading.get_ident():
+            self._take(lambda: self._owner is None and not self._sharing, self._own, waiting)
+        self._depth += 1
         try:
             yield
         finally:
-            with self._changed:
-                self._depth -= 1
-                if not self._depth:
+            self._depth -= 1
+            if not self._depth:
+                with self._changed:
                     self._owner = None
                     self._changed.notify_all()
 
+    def _share(self) -> None:
+        self._sharing += 1
 
-# PyTorch's default generator belongs to the process; ranks that are threads of one share it. A rank
-# may meet others unawares: one that was not waited for, of a run that ended, or another run's.
-_generator = _GeneratorLock()
+    def _own(self) -> None:
+        self._owner = threading.get_ident()
+
+    def _take(
+        self,
+        is_free: Callable[[], bool],
+        take: Callable[[], None],
+        waiting: Callable[[], None] | None,
+    ) -> None:
+        """Wait until it is free for this thread, unless ``waiting`` raises."""
+        ticket = object()
+        with self._changed:
+            if not self._queue and is_free():
+                take()
+                return
+            self._queue.append(ticket)
+        try:
+            while True:
+                with self._changed:
+                    if self._changed.wait_for(
+                        lambda: self._queue[0] is ticket and is_free(), LOOK_S
+                    ):
+                        take()
+                        return
+                if waiting is not None:
+                    waiting()
+        finally:
+            with self._changed:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
 
 
-class ShardRandomness:
-    """Run the random part of a shard's step (transform and forward) on numbers of its own.
+_turns = _Turns()
 
-    Where several ranks share the process, a function that draws random numbers runs alone. One that
-    draws none may run beside others of its kind, and is recognised by the untouched generator; if
-    it does draw later, that very call is repeated alone.
+
+class SeededRandomness:
+    """Run functions on random numbers of their own.
+
+    A function that draws random numbers runs alone in its process. One that draws none may run
+    beside others of its kind, and is recognised by the untouched generator; if it does draw later,
+    that very call is repeated alone.
 
     Parameters
     ----------
     seed : int
         The run's seed.
-    shared : bool
-        Whether other ranks or tasks of this process may draw numbers at the same time.
+    waiting : callable, optional
+        Called now and then while another thread of this process has the generator; what it raises
+        ends the wait.
     """
 
-    def __init__(self, seed: int, *, shared: bool) -> None:
+    def __init__(self, seed: int, *, waiting: Callable[[], None] | None = None) -> None:
         self._seed = seed
-        self._shared = shared
+        self._waiting = waiting
         self._draws = True
-        self._cuda = torch.cuda.is_initialized()
 
-    @property
-    def may_repeat(self) -> bool:
-        """Whether the next call of :meth:`run` may call its function twice."""
-        return self._shared and not self._draws
+    def run[T](self, compute: Callable[[bool], T], *key: int | str) -> T:
+        """Call ``compute`` with the generator seeded by the run's seed and a key.
 
-    def run[T](self, compute: Callable[[], T], step: int, shard: int) -> T:
-        """Call ``compute`` with the generator seeded for a step and shard.
-
-        ``compute`` may be called twice; the second call must not see effects of the first.
+        Parameters
+        ----------
+        compute : callable
+            Told whether it may be called once more, which must then not see effects of this call.
+        *key : int or str
+            What the numbers depend on, besides the seed.
         """
-        if not self._shared:
-            with _generator.alone():
-                self._reseed(step, shard)
-                return compute()
-        if not self._draws:
-            with _generator.shared():
-                before = torch.default_generator.get_state()
-                result = compute()
-                untouched = torch.equal(torch.default_generator.get_state(), before)
+        others = _turns.has_others()
+        if others and not self._draws:
+            with _turns.shared(self._waiting):
+                before = _state()
+                result = compute(True)
+                untouched = _equal(_state(), before)
             if untouched:
                 return result
-        with own_generator():
-            self._reseed(step, shard)
-            before = torch.default_generator.get_state()
-            result = compute()
-            self._draws = not torch.equal(torch.default_generator.get_state(), before)
+        with _turns.alone(self._waiting):
+            self._reseed(*key)
+            before = _state() if others else []
+            result = compute(False)
+            if others:
+                self._draws = not _equal(_state(), before)
         return result
 
-    def _reseed(self, step: int, shard: int) -> None:
-        seed = key64(self._seed, step, shard) & SEED_BITS
+    def run_once[T](self, compute: Callable[[], T], *key: int | str) -> T:
+        """Call ``compute`` as :meth:`run` does, exactly once and always alone."""
+        with _turns.alone(self._waiting):
+            self._reseed(*key)
+            return compute()
+
+    def _reseed(self, *key: int | str) -> None:
+        seed = key64(self._seed, *key) & SEED_BITS
         torch.default_generator.manual_seed(seed)
-        if self._cuda:
+        if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
+
+
+def patience(seconds: float = PATIENCE_S) -> Callable[[], None]:
+    """Give what ends a wait for the generator with a DaskNNError after so many seconds."""
+    deadline = time.monotonic() + seconds
+
+    def waiting() -> None:
+        if time.monotonic() > deadline:
+            message = (
+                f"something else in this process, such as another training, has had PyTorch's "
+                f"random generator for {seconds:g} s; wait until it ends, or use another process"
+            )
+            raise DaskNNError(message)
+
+    return waiting
 
 
 @contextlib.contextmanager
 def restored_generator() -> Iterator[None]:
-    """Give the process its random state back afterwards."""
-    with _generator.alone():
-        state = torch.default_generator.get_state()
-    try:
+    """Give the process its random state back afterwards, once nobody else uses the generator."""
+    with _turns.used():
         yield
-    finally:
-        with _generator.alone():
-            torch.default_generator.set_state(state)
 
 
 @contextlib.contextmanager
-def own_generator() -> Iterator[None]:
-    """Have the process's generator alone, and give its state back afterwards."""
-    with _generator.alone(), restored_generator():
+def own_generator(waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Have the process's generator alone, and give its state back afterwards.
+
+    Parameters
+    ----------
+    waiting : callable, optional
+        Called now and then while another thread has it; what it raises ends the wait.
+    """
+    with _turns.used(), _turns.alone(waiting):
         yield
+
+
+def _state() -> list[torch.Tensor]:
+    """Copy the state of the processor's generator and, where in use, of the graphics card's."""
+    states: list[torch.Tensor] = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def _set_state(states: list[torch.Tensor]) -> None:
+    torch.default_generator.set_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
+
+
+def _equal(states: list[torch.Tensor], others: list[Any]) -> bool:
+    return len(states) == len(others) and all(map(torch.equal, states, others))

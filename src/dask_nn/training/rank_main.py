@@ -31,7 +31,7 @@ from dask_nn.training.layout import LeafLayout
 from dask_nn.training.loop import TrainingLoop
 from dask_nn.training.orders import Orders
 from dask_nn.training.outcome import RankOutcome, Status
-from dask_nn.training.randomness import ShardRandomness, restored_generator
+from dask_nn.training.randomness import SeededRandomness, restored_generator
 from dask_nn.training.runtime import rank_runtime
 from dask_nn.training.snapshot import Keepsake
 from dask_nn.training.state import TrainingState
@@ -65,8 +65,6 @@ class RankEnvironment:
         Of the training and the validation blocks.
     address : str
         The rank's worker, for messages.
-    shared_process : bool
-        Whether other ranks or tasks of this process may draw random numbers.
     orders : Orders
         What the rank is told while it trains.
     waiting : callable, optional
@@ -97,7 +95,6 @@ class RankEnvironment:
     reader: BlockReader
     validation_reader: BlockReader | None = None
     address: str = "this process"
-    shared_process: bool = False
     orders: Orders = field(default_factory=Orders)
     waiting: Callable[[], None] | None = None
     last_save: LastSave | None = None
@@ -210,7 +207,9 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     comm = env.comm
     first = comm.rank == 0
     device = torch.device(spec.device)
-    state = standing.state = TrainingState(spec, device)
+    randomness = SeededRandomness(spec.seed, waiting=comm.at_work)
+    # An optimizer may begin with random numbers.
+    state = standing.state = randomness.run_once(lambda: TrainingState(spec, device), "state")
     start = env.start() if env.start is not None else None
     carried = []
     if start is not None:
@@ -228,7 +227,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         spec,
         dtypes=dtypes,
         device=device,
-        shared=env.shared_process,
+        randomness=randomness,
     )
     saved = expected_bits(state.canary, spec)
     expected = env.canary or saved
@@ -247,7 +246,11 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     validation = None
     if env.validation_reader is not None:
         validation = Validation(
-            spec, objective=objective, reader=env.validation_reader, dtypes=dtypes, comm=comm
+            spec,
+            objective=objective,
+            reader=env.validation_reader,
+            dtypes=dtypes,
+            comm=comm,
         )
     if first and env.checkpoint is not None:
         standing.checkpointer = Checkpointer(
@@ -263,7 +266,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
         comm,
         layout=layout,
         objective=objective,
-        randomness=ShardRandomness(spec.seed, shared=env.shared_process),
+        randomness=randomness,
         reader=env.reader,
         dtypes=dtypes,
         validation=validation,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dask_nn.data.batches import Batch
     from dask_nn.grouping import Grouping
     from dask_nn.metrics.objective import Objective
-    from dask_nn.training.randomness import ShardRandomness
+    from dask_nn.training.randomness import SeededRandomness
 
 __all__ = ["ShardOutput", "ShardStep"]
 
@@ -30,6 +30,15 @@ class ShardOutput(NamedTuple):
 
     output: Any
     target: Any
+
+
+class _Computed(NamedTuple):
+    """A shard's outputs, and what its leaf is made of."""
+
+    output: Any
+    gradients: tuple[torch.Tensor | None, ...]
+    total: float
+    normalizer: float
 
 
 def detached(output: Any) -> Any:
@@ -59,7 +68,7 @@ class ShardStep:
         The loss.
     layout : LeafLayout
         Of this model.
-    randomness : ShardRandomness
+    randomness : SeededRandomness
         Seeds the generator for each (step, shard).
     transform : callable, optional
         Applied to the batch of X.
@@ -77,7 +86,7 @@ class ShardStep:
         *,
         objective: Objective,
         layout: LeafLayout,
-        randomness: ShardRandomness,
+        randomness: SeededRandomness,
         transform: Callable[[torch.Tensor], torch.Tensor] | None,
         grouping: Grouping,
         device: torch.device,
@@ -144,21 +153,28 @@ class ShardStep:
             return None
         if self._device.type != "cpu":
             batch = tuple(tensor.to(self._device, non_blocking=True) for tensor in batch)
+        computed = self._randomness.run(
+            lambda again: self._differentiate(
+                batch, count=count, step_count=step_count, again=again
+            ),
+            step,
+            shard,
+        )
+        self._write(views, computed, count)
+        return ShardOutput(detached(computed.output), self._grouping.targets(batch))
+
+    def _differentiate(
+        self, batch: Batch, *, count: int, step_count: int, again: bool
+    ) -> _Computed:
+        """Transform, forward and backward; loss and backward may draw random numbers, too."""
         target = self._grouping.targets(batch)
-
-        def forward() -> torch.Tensor:
-            for buffer, base in zip(self._layout.buffers, self._base, strict=True):
-                buffer.copy_(base)
-            x = self._grouping.inputs(batch)
-            if self._transform is not None:
-                # A transform in place must not meet its own result in a second call.
-                if self._randomness.may_repeat:
-                    x = map_inputs(torch.clone, x)
-                x = self._transform(x)
-            output: torch.Tensor = call_model(self._model, x)
-            return output
-
-        output = self._randomness.run(forward, step, shard)
+        for buffer, base in zip(self._layout.buffers, self._base, strict=True):
+            buffer.copy_(base)
+        x = self._grouping.inputs(batch)
+        if self._transform is not None:
+            # A transform in place must not meet its own result in a second call.
+            x = self._transform(map_inputs(torch.clone, x) if again else x)
+        output = call_model(self._model, x)
         scale: float
         if self._objective.kind == "mean_rows":
             loss = self._objective.value(output, target)
@@ -180,9 +196,7 @@ class ShardStep:
                 "its parameters and does not detach its output"
             )
             raise ModelError(message)
-        gradients = self._backward(loss, scale)
-        self._write(views, gradients, total, normalizer, count)
-        return ShardOutput(detached(output), target)
+        return _Computed(output, self._backward(loss, scale), total, normalizer)
 
     def _backward(self, loss: torch.Tensor, scale: float) -> tuple[torch.Tensor | None, ...]:
         if faults.hook is not None:
@@ -203,11 +217,10 @@ class ShardStep:
     def _write(
         self,
         views: LeafViews,
-        gradients: tuple[torch.Tensor | None, ...],
-        total: float,
-        normalizer: float,
+        computed: _Computed,
         count: int,
     ) -> None:
+        gradients = computed.gradients
         used = [gradient is not None for gradient in gradients]
         if all(used) and not any(gradient.is_sparse for gradient in gradients):  # type: ignore[union-attr]
             torch._foreach_copy_(views.gradients, list(gradients))  # type: ignore[arg-type]
@@ -217,7 +230,7 @@ class ShardStep:
                     view.zero_()
                 else:
                     view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        head = (total, normalizer, 0.0, 0.0, 0.0)  # nobody votes yet
+        head = (computed.total, computed.normalizer, 0.0, 0.0, 0.0)  # nobody votes yet
         if views.scalars is not None:
             views.scalars[:FIRST_MARK] = head
             views.scalars[FIRST_MARK:] = used

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from dask_nn.training.randomness import SeededRandomness
+
 __all__ = ["StepTotal", "Update"]
 
 
@@ -63,6 +65,8 @@ class Update:
         Whether gradients are sums, to be divided by the total normaliser.
     clip_grad_norm : float, optional
         Largest global norm of the mean gradient.
+    randomness : SeededRandomness
+        Seeds the generator for an optimizer that draws random numbers, the same on every rank.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Update:
         scheduler: Any = None,
         divides: bool,
         clip_grad_norm: float | None,
+        randomness: SeededRandomness,
     ) -> None:
         self._layout = layout
         self._views = views
@@ -84,6 +89,9 @@ class Update:
         self._divides = divides
         self._clip = clip_grad_norm
         self._step = plain_step(optimizer)
+        self._randomness = randomness
+        # Only with this known do ranks that are threads of one process update side by side.
+        self._may_draw = not draws_nothing(optimizer, scheduler)
         self._gradients = views.flat[: layout.num_gradient_elements]
         # Leaves have one type; gradients must have that of their parameter.
         self._converts = any(p.dtype != layout.dtype for p in layout.parameters)
@@ -98,7 +106,7 @@ class Update:
         stop, save, wait = tail[STOP] > 0, tail[SAVE] > 0, tail[WAIT] > 0
         return StepTotal(tail[LOSS], tail[NORMALIZER], stop, save, wait)
 
-    def apply(self, total: StepTotal, step_count: int) -> None:
+    def apply(self, total: StepTotal, step_count: int, step: int) -> None:
         """Update the model.
 
         Parameters
@@ -107,6 +115,8 @@ class Update:
             What :meth:`read` returned; its loss is finite.
         step_count : int
             Rows of the global batch.
+        step : int
+            Step of the run.
         """
         if self._divides:
             if not total.normalizer:
@@ -116,11 +126,17 @@ class Update:
             self._attach_gradients()
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._layout.parameters, self._clip)
+        if self._may_draw:
+            self._randomness.run_once(self._follow, "update", step)
+        else:
+            self._follow()
+        if self._base:
+            self._average_buffers(step_count)
+
+    def _follow(self) -> None:
         self._step()
         if self._scheduler is not None:
             self._scheduler.step()
-        if self._base:
-            self._average_buffers(step_count)
 
     def _attach_gradients(self) -> None:
         """Leave parameters that no shard used without a gradient, as a plain loop would."""
@@ -161,3 +177,24 @@ def plain_step(optimizer: Optimizer) -> Callable[[], Any]:
         return optimizer.step
     bare: Callable[[], Any] = partial(inner, optimizer)
     return bare
+
+
+def draws_nothing(optimizer: Optimizer, scheduler: Any) -> bool:
+    """Tell whether an update surely draws no random numbers: all of it is PyTorch's own.
+
+    Hooks may do anything, and so may the functions that some schedulers are given.
+    """
+    hooked = (
+        # A scheduler replaces the step with one that counts.
+        ("step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"))
+        or optimizer._optimizer_step_pre_hooks  # noqa: SLF001
+        or optimizer._optimizer_step_post_hooks  # noqa: SLF001
+    )
+    schedulers = [] if scheduler is None else [scheduler, *getattr(scheduler, "_schedulers", ())]
+    return not (
+        hooked
+        or any(hasattr(part, "lr_lambdas") for part in schedulers)
+        or not all(
+            type(part).__module__.startswith("torch.optim.") for part in [optimizer, *schedulers]
+        )
+    )

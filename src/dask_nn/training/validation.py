@@ -13,6 +13,7 @@ from dask_nn.data.batches import stored_dtype
 from dask_nn.data.casts import check_cast
 from dask_nn.data.problem import of_validation_data
 from dask_nn.metrics.merge import compute, merge_named
+from dask_nn.training.randomness import SeededRandomness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,8 @@ class Validation:
         Types in which model and loss see the fields.
     comm : Communicator
         An open one.
+
+    Random numbers that the model draws depend on the run's seed, the step and the block.
     """
 
     def __init__(
@@ -59,9 +62,17 @@ class Validation:
         self._reader = reader
         self._dtypes = dtypes
         self._comm = comm
+        self._randomness = SeededRandomness(spec.seed, waiting=comm.at_work)
 
-    def run(self, model: nn.Module) -> dict[str, float]:
+    def run(self, model: nn.Module, step: int) -> dict[str, float]:
         """Evaluate the model; every rank calls it and gets the same values.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            Its mode is kept.
+        step : int
+            Steps completed over the whole run.
 
         Returns
         -------
@@ -77,7 +88,14 @@ class Validation:
             with of_validation_data():
                 arrays = self._reader.read(block)
                 part = evaluate_block(
-                    model, block, arrays, self._dtypes, spec=self._spec, objective=self._objective
+                    model,
+                    block,
+                    arrays,
+                    self._dtypes,
+                    spec=self._spec,
+                    objective=self._objective,
+                    randomness=self._randomness,
+                    step=step,
                 )
             parts.append(part)
         # Partials are plain states made by these same ranks a moment ago.
@@ -94,6 +112,8 @@ def evaluate_block(
     *,
     spec: TrainingSpec,
     objective: Objective,
+    randomness: SeededRandomness,
+    step: int,
 ) -> dict[str, Partial]:
     """Evaluate a model on one block.
 
@@ -111,6 +131,10 @@ def evaluate_block(
         Its fields, metrics and transform.
     objective : Objective
         The loss.
+    randomness : SeededRandomness
+        For a model that draws random numbers in evaluation, too.
+    step : int
+        Steps completed over the whole run.
 
     Raises
     ------
@@ -121,13 +145,14 @@ def evaluate_block(
 
     for field, array, dtype in zip(spec.fields, arrays, dtypes, strict=True):
         check_cast(array, stored_dtype(dtype), f"block {block} of {field.name}")
-    tensors = [
-        torch.from_numpy(array.astype(stored_dtype(dtype))).to(dtype)
-        for array, dtype in zip(arrays, dtypes, strict=True)
-    ]
-    grouping = spec.grouping
-    return dict(
-        block_partials(
+
+    def evaluate(_: bool) -> dict[str, Partial]:
+        tensors = [
+            torch.from_numpy(array.astype(stored_dtype(dtype))).to(dtype)
+            for array, dtype in zip(arrays, dtypes, strict=True)
+        ]
+        grouping = spec.grouping
+        return block_partials(
             model,
             grouping.inputs(tensors),
             grouping.targets(tensors),
@@ -138,4 +163,5 @@ def evaluate_block(
             batch_size=BATCH_SIZE,
             transform=spec.transform,
         )
-    )
+
+    return randomness.run(evaluate, "validation", step, block)
