@@ -152,7 +152,7 @@ def test_to_be_compared_costs_no_task_and_little_room():
             ensure_dict(dask.optimize(array)[0].dask)
             for array in (y.rechunk({0: rows}), cut_rows("y", y, rows))
         )
-    assert len(compared) == len(plain)
+    assert len(compared) <= len(plain)
     assert len(pickle.dumps(compared)) < len(pickle.dumps(plain)) + 200 * blocks
 
 

@@ -310,18 +310,23 @@ def test_evaluate_and_predict_cast_blocks_that_keep_their_values(anywhere):
 JOINED = r"block 1 of {} as it was given"
 
 
-@unfit
-def test_evaluate_looks_at_labels_before_they_are_joined(anywhere, dtype, values, found, value):
+no_label = pytest.mark.parametrize("kind", ["missing", "broken", "text"])
+
+
+@no_label
+def test_evaluate_looks_at_labels_before_they_are_joined(anywhere, kind):
+    dtype, values, found, value = UNFIT[kind]
     X, y = da.zeros((8, 1), dtype="f4", chunks=(8, 1)), told(dtype, np.array(LABELS, dtype), values)
-    with pytest.raises(DataError, match=refusal(dtype, found, value, JOINED.format("y"))):
+    with pytest.raises(DataError, match=refusal("i8", found, value, JOINED.format("y"))):
         dask_nn.evaluate(nn.Linear(1, 50), X, y, metrics=["accuracy"])
 
 
-@unfit
+@no_label
 @in_memory
-def test_train_looks_at_labels_before_they_are_joined(memory, where, dtype, values, found, value):
+def test_train_looks_at_labels_before_they_are_joined(memory, where, kind):
+    dtype, values, found, value = UNFIT[kind]
     X, y = da.zeros((8, 1), dtype="f4", chunks=(8, 1)), told(dtype, np.array(LABELS, dtype), values)
-    said = refusal(dtype, found, value, JOINED.format("y"))
+    said = refusal("i8", found, value, JOINED.format("y"))
     with pytest.raises(DataError, match=said):
         train(X, y, memory=memory, **where)
 
@@ -335,6 +340,63 @@ def test_columns_are_looked_at_before_they_are_joined(anywhere, dtype, values, f
         dask_nn.predict(nn.Linear(2, 3), X, transform=as_floats).compute()
     with pytest.raises(DataError, match=said):
         train(X, da.zeros(8, chunks=4, dtype="i8"), client=None)
+
+
+# A type that is told, and values of a block that it cannot hold but a batch can.
+NARROW = {
+    "labels": ("y", "u1", np.array([300, 1, 2, 3])),
+    "unsigned labels": ("y", "u8", np.array([3, 1, 2**40 + 1, 3])),
+    "targets": ("y", "f4", np.array([0.1, 1 / 3, 2.0, 3.0])),
+    "objects": ("y", "f4", np.array([0.1, 1, True, 1 / 3], object)),
+    "weights": ("sample_weight", "i1", np.array([0.5, 1.0, 0.25, 2.0])),
+}
+
+
+class Distances(nn.MSELoss):
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(output, target.double())
+
+
+def weights_of(X: da.Array, y: da.Array, weight: da.Array, **options: Any) -> str:
+    torch.manual_seed(0)
+    result = dask_nn.train(
+        nn.Sequential(nn.Linear(int(X.shape[1]), 1), nn.Flatten(0)).double(),
+        *(X, y),
+        sample_weight=weight,
+        loss=Distances(),
+        optimizer=partial(torch.optim.SGD, lr=1e-3),
+        batch_size=8,
+        epochs=1,
+        shuffle=False,
+        strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
+        **options,
+    )
+    return result.weights_sha256
+
+
+@in_memory
+@pytest.mark.parametrize(("field", "dtype", "values"), NARROW.values(), ids=NARROW)
+def test_joined_rows_give_the_bits_of_others(memory, where, field, dtype, values):
+    columns = {"y": da.ones(8, chunks=4), "weight": da.ones(8, chunks=4)}
+    columns[field.removeprefix("sample_")] = told(dtype, np.ones(4, dtype), values)
+    uncut, cut = (
+        weights_of(da.ones((8, 1), chunks=(rows, 1)), **columns, memory=memory, **where)
+        for rows in (4, 8)
+    )
+    assert uncut == cut
+
+
+@in_memory
+def test_joined_columns_give_the_bits_of_others(memory, where):
+    left, right = column([1.0, 2.0, 3.0, 4.0]), column([0.1, 0.2, 1e5 / 3, 0.4])
+    parts = [told("f4", left.astype("f4"), one) for one in (left, right)]
+    whole = told("f4", np.hstack([left, left]).astype("f4"), np.hstack([left, right]))
+    columns = {"y": da.ones(8, chunks=4), "weight": da.ones(8, chunks=4)}
+    uncut, cut = (
+        weights_of(X, **columns, memory=memory, **where)
+        for X in (whole, da.concatenate(parts, axis=1))
+    )
+    assert uncut == cut
 
 
 def test_blocks_that_keep_their_values_are_joined_in_one_type(anywhere):

@@ -24,6 +24,7 @@ from dask_nn.data.row_blocks import (
     check_lengths,
     per_block,
     shipped,
+    told_by,
 )
 from dask_nn.errors import ConfigurationError, DataError, ModelError
 from dask_nn.grouping import Grouping, map_inputs
@@ -264,9 +265,7 @@ def _on_cluster(
         row_shape=(),
         meta=np.empty(0, dtype=object),
         name="dask-nn-evaluate",
-        check=partial(
-            as_told, fields_of(dict(zip(inputs, arrays, strict=True))), floating_dtype(sent)
-        ),
+        check=told_by(dict(zip(inputs, arrays, strict=True)), floating_dtype(sent)),
     )
     parts = list(guarded(blocks, pauses_s=RETRY_PAUSES_S).to_delayed().ravel())
     merge_parts = delayed(merge_named, pure=True)

@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dask_nn.data.blocks import fields_of
 from dask_nn.data.inputs.frames import Indexed
 from dask_nn.data.inputs.read import read_rows
 from dask_nn.data.inputs.results import frame_of, like_input
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
-from dask_nn.data.row_blocks import aligned, as_array, as_told, check_lengths, per_block, shipped
+from dask_nn.data.row_blocks import (
+    aligned,
+    as_array,
+    check_lengths,
+    per_block,
+    shipped,
+    told_by,
+)
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.grouping import Grouping
 from dask_nn.metrics.forward import (
@@ -195,9 +201,7 @@ def _predict_arrays(
     options: dict[str, Any] = {
         "name": "dask-nn-predict",
         "objects": objects,
-        "check": partial(
-            as_told, fields_of(dict(zip(inputs, blocks, strict=True))), floating_dtype(sent)
-        ),
+        "check": told_by(dict(zip(inputs, blocks, strict=True)), floating_dtype(sent)),
     }
     if list(parts) == [None]:
         like = parts[None].like

@@ -50,3 +50,11 @@ def test_the_first_reason_is_the_first_that_says_something() -> None:
     chain = after(Empty(), OSError("no route"), RuntimeError("it failed"), Empty())
     assert first_reason_of(chain) == "no route"
     assert first_reason_of(Empty()) == "Empty"
+
+
+def test_what_an_error_hides_is_no_reason() -> None:
+    error = Empty()
+    error.__context__ = OSError("no route")
+    assert reason_of(error) == "no route"
+    error.__suppress_context__ = True  # raise ... from None
+    assert reason_of(error) == first_reason_of(error) == "Empty"

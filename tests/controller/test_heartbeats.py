@@ -8,7 +8,9 @@ from dask_nn.controller.heartbeats import Beat, Heartbeats
 @pytest.fixture
 def pulses() -> Heartbeats:
     found = Heartbeats(hang_timeout_s=10.0, start_timeout_s=100.0)
-    found.note_start(2, 0.0)
+    found.note_start(2, -1000.0)
+    for rank in (0, 1):
+        found.note(rank, 0.0)
     return found
 
 
@@ -144,3 +146,20 @@ def test_an_old_message_does_not_turn_time_back(pulses):
 def test_another_gang_begins_anew(pulses):
     pulses.clear()
     assert pulses.hung([0], 1000.0) == {}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "arriving late"])
+def test_what_a_rank_waited_before_the_start_is_forgiven(pulses, late):
+    pulses.clear()
+    waited = Beat(idle_s=25.0, unchecked_s=25.0)
+    pulses.note(0, 25.0)
+    pulses.note_beat(0, waited)
+    assert pulses.hung([0], 25.0) == {}
+    pulses.note_start(1, 25.5)
+    if late:
+        pulses.note_beat(0, waited)
+    assert pulses.hung([0], 26.0) == {}
+    if not late:
+        pulses.note(0, 36.0)
+        pulses.note_beat(0, Beat(idle_s=10.5, unchecked_s=10.5))
+        assert pulses.hung([0], 36.0) == {0: 10.5}

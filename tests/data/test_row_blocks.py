@@ -72,3 +72,20 @@ def test_unknown_lengths_of_other_axes_are_refused_before_anything_is_computed(n
 def test_ragged_lists_are_refused() -> None:
     with pytest.raises(DataError, match="y cannot be read"):
         as_array("y", [[1], [1, 2]])
+
+
+def test_unknown_widths_are_found_where_the_rows_are_known() -> None:
+    X = da.ones((4, 6), chunks=(2, 3))
+    X = X[:, da.arange(6, chunks=3) > 1]
+    y = da.arange(4, chunks=4)
+    found, labels = aligned({"X": X, "y": y})
+    assert found.chunks == ((2, 2), (4,))
+    assert labels.chunks == ((2, 2),)
+
+
+@pytest.mark.parametrize("dtype", ["longdouble", "complex128"])
+def test_numbers_that_no_batch_holds_are_refused(dtype) -> None:
+    with pytest.raises(
+        DataError, match=f"weight must hold numbers of at most 64 bits, got {np.dtype(dtype)}"
+    ):
+        as_array("weight", np.ones(4, dtype))

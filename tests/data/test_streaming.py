@@ -13,7 +13,8 @@ from dask.delayed import delayed
 
 from dask_nn.data.batches import batch_dtypes, stored_dtype
 from dask_nn.data.blocks import Field, align
-from dask_nn.data.streaming import _type_in_batch, stream_blocks
+from dask_nn.data.casts import joined_dtype
+from dask_nn.data.streaming import stream_blocks
 from dask_nn.errors import DataError
 
 
@@ -116,16 +117,35 @@ def test_small_columns_take_what_a_batch_takes(client, known):
     assert [one[4].item() for one in found] == [300, 0.1, 0.5]
 
 
-@pytest.mark.parametrize("name", ["y", "y.a", "sample_weight"])
+@pytest.mark.parametrize("name", ["X", "X.a", "y", "y.a", "sample_weight"])
 @pytest.mark.parametrize("dtype", ["?", "u1", "i2", "i8", "u8", "f2", "f4", "f8"])
-def test_types_are_compared_with_those_of_batches(name, dtype):
+def test_blocks_are_joined_in_a_type_that_holds_what_a_batch_holds(name, dtype):
     field = Field(name=name, shape=(), dtype=np.dtype(dtype))
     (expected,) = batch_dtypes([field], torch.float64)
-    found = _type_in_batch(name, field.dtype)
+    found = joined_dtype(name, field.dtype)
     if expected.is_floating_point:
-        assert found.kind == "f"
+        assert found == np.float64
     else:
         assert found == stored_dtype(expected)
+
+
+@known_or_not
+@pytest.mark.parametrize("name", ["y", "sample_weight"])
+def test_small_columns_of_objects_become_numbers(client, known, name):
+    values = column("f4", [1.0, 2.0, 3.0, 4.0], np.array([1, 2.5, True, 0], object), known=known)
+    y = column("i8", *[[0, 1, 0, 1]] * 2, known=known)
+    *_, found = kept(client, known=known, **({"y": y} | {name: values}))
+    assert found.tolist() == [1.0, 2.0, 3.0, 4.0, 1.0, 2.5, 1.0, 0.0]
+    whole = column("f4", *[np.array([1, 2.5, True, 0], object)] * 2, known=known)
+    *_, found = kept(client, known=known, **({"y": y} | {name: whole}))
+    assert found.dtype == np.float64
+
+
+def test_small_columns_of_other_rows_are_refused_by_block(client):
+    parts = [np.zeros(4), np.zeros((4, 2))]
+    y = da.concatenate([da.from_delayed(delayed(part), (4,), "f8") for part in parts])
+    with pytest.raises(DataError, match=r"block 1 of y has shape \(4, 2\), expected rows of shape"):
+        kept(client, known=True, y=y)
 
 
 @known_or_not

@@ -27,7 +27,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     behind: BaseException | None = error
     while behind is not None:
         yield behind
-        behind = behind.__cause__ or behind.__context__
+        hidden = behind.__suppress_context__
+        behind = behind.__cause__ or (None if hidden else behind.__context__)
         # A deadline that is over cancels what it waits for: neither that nor what the waiting was
         # busy with is a reason.
         if not isinstance(behind, Exception):

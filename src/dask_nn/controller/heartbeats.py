@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class _Pulse:
     beat: Beat = field(default_factory=Beat)
     longest_s: float = 0.0
     spoke: bool = False
-    started: bool = False
+    started_at: float | None = None
 
 
 class Heartbeats:
@@ -97,10 +98,11 @@ class Heartbeats:
         pulse.spoke = True
 
     def note_start(self, ranks: int, now: float) -> None:
-        """Know that all ranks have met and begin."""
+        """Know that all ranks have met and begin: how long they waited before no longer counts."""
         for rank in range(ranks):
             self.note(rank, now)
-            self._pulses[rank].started = True
+            self._pulses[rank].started_at = now
+            self._pulses[rank].beat = Beat()
 
     def note_beat(self, rank: int, beat: Beat) -> None:
         """Take note of what a rank says of itself."""
@@ -119,7 +121,7 @@ class Heartbeats:
     @property
     def have_started(self) -> bool:
         """Whether the ranks of this gang have met and begun."""
-        return any(pulse.started for pulse in self._pulses.values())
+        return any(pulse.started_at is not None for pulse in self._pulses.values())
 
     def has_spoken(self, rank: int) -> bool:
         """Tell whether a rank of this gang has sent anything."""
@@ -132,14 +134,17 @@ class Heartbeats:
             pulse = self._pulses.setdefault(rank, _Pulse(now))
             silent_s = now - pulse.heard
             beat = pulse.beat
-            patience_s = self._hang_timeout_s if pulse.started else self._start_timeout_s
+            # A beat that was sent before the start may arrive after it.
+            most_s = math.inf if pulse.started_at is None else now - pulse.started_at
+            idle_s, unchecked_s = min(beat.idle_s, most_s), min(beat.unchecked_s, most_s)
+            patience_s = self._start_timeout_s if pulse.started_at is None else self._hang_timeout_s
             patience_s += STEP_FACTOR * pulse.longest_s
             if silent_s > (self._hang_timeout_s if pulse.spoke else self._start_timeout_s):
                 found[rank] = silent_s
-            elif beat.idle_s > patience_s:
-                found[rank] = beat.idle_s
-            elif beat.unchecked_s > max(patience_s, self._exchange_timeout_s):
-                found[rank] = beat.unchecked_s
+            elif idle_s > patience_s:
+                found[rank] = idle_s
+            elif unchecked_s > max(patience_s, self._exchange_timeout_s):
+                found[rank] = unchecked_s
         return found
 
     def unheard(self, ranks: Iterable[int], now: float) -> bool:

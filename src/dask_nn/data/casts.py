@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from decimal import Decimal
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dask_nn.errors import DataError
+from dask_nn.grouping import group_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["cast", "check_cast", "find_misfit", "join"]
+__all__ = ["cast", "check_cast", "find_misfit", "join", "joined", "joined_dtype"]
 
+# Objects that NumPy makes floats of as Python does.
+PLAIN = frozenset({float, int, bool, NoneType})
 # Longer values are cut off where an error shows them.
 SHOWN_LETTERS = 80
 
@@ -60,7 +65,57 @@ def cast(
         As `check_cast` does.
     """
     check_cast(found, dtype, what, kind=kind)
-    return found.astype(dtype, copy=False)
+    with np.errstate(all="ignore"):  # too large for a smaller floating type
+        return found.astype(dtype, copy=False)
+
+
+def joined_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Give the type in which blocks of a field are joined if theirs differ.
+
+    A batch takes as much of every value, whether or not its block was joined with others: floats
+    are rounded once, there.
+
+    Parameters
+    ----------
+    name : str
+        Of the field.
+    dtype : numpy.dtype
+        That is told of it.
+    """
+    group = group_of(name)
+    if dtype.kind == "f" or group == "sample_weight":
+        return np.dtype(np.float64)
+    return np.dtype(np.int64) if group == "y" and dtype.kind in "iu" else dtype
+
+
+def joined(
+    found: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str, what: str
+) -> np.ndarray[Any, Any]:
+    """Give a block as it may be joined with others of its field.
+
+    Parameters
+    ----------
+    found : ndarray
+        Shape (rows, ...).
+    dtype : numpy.dtype
+        That is told of the field.
+    name : str
+        Of the field.
+    what : str
+        How an error calls the block.
+
+    Raises
+    ------
+    DataError
+        If a value has no equal in the type of the whole.
+    """
+    whole = joined_dtype(name, dtype)
+    # What NumPy makes of two such types holds all values of both.
+    same = found.dtype == dtype and np.can_cast(dtype, whole)
+    if same or found.dtype.kind == whole.kind == "f":
+        return found
+    check_cast(found, dtype if dtype.kind == "f" else whole, what)
+    return found.astype(whole)
 
 
 def join(
@@ -75,20 +130,21 @@ def join(
     blocks : sequence of ndarray
         At least one; shape (rows, ...).
     dtype : numpy.dtype
-        The type that the field has in a batch. They are cast to it if theirs differ, but floating
-        ones to float64: a batch rounds them, once.
+        That is told of the field.
     name : str
-        Of the field, for errors.
+        Of the field.
 
     Raises
     ------
     DataError
         If a value has no equal in the type; names its block.
     """
+    whole = joined_dtype(name, dtype)
+    said = dtype if dtype.kind == "f" else whole
     for number, block in enumerate(blocks):
-        check_cast(block, dtype, f"block {number} of {name}")
-    if len({block.dtype for block in blocks}) > 1:
-        whole = np.float64 if dtype.kind == "f" else dtype
+        check_cast(block, said, f"block {number} of {name}")
+    types = {block.dtype for block in blocks}
+    if len(types) > 1 or any(one.kind not in "biuf" for one in types):
         blocks = [block.astype(whole, copy=False) for block in blocks]
     return np.concatenate(blocks)
 
@@ -103,6 +159,10 @@ def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any 
     same = np.zeros(found.shape, bool)
     with np.errstate(all="ignore"):
         if code == "O":
+            if dtype.kind == "f" and set(map(type, found.flat)) <= PLAIN:
+                with contextlib.suppress(OverflowError):
+                    found.astype(np.float64)
+                    return ""
             same.flat = [_fits(value, dtype) for value in found.flat]
         elif code in "biuf":
             same = found.astype(dtype) == found
@@ -111,9 +171,15 @@ def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any 
     value = found.flat[int(same.argmin())]
     return (
         f"has type {found.dtype if kind is None else kind}, expected {dtype} in all blocks, and "
-        f"the value {_shown(value)}, which that type cannot hold: give it one type where the data "
-        "is made, or fill the missing values there (they make floats of integers)"
+        f"the value {_shown(value)}, which that type cannot hold: {_remedy(value)} where the data "
+        "is made"
     )
+
+
+def _remedy(value: Any) -> str:
+    if value is None or (isinstance(value, numbers.Real) and value != value):  # noqa: PLR0124
+        return "fill the missing values (they make floats of integers)"
+    return "give it one type"
 
 
 def _fits(value: Any, dtype: np.dtype[Any]) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-import dask
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
 from dask.layers import ArrayBlockwiseDep
 from dask.utils import key_split
 
-from dask_nn.data.casts import cast
+from dask_nn.data.casts import joined
 from dask_nn.data.lengths import check_rows
 from dask_nn.errors import DataError
 
@@ -47,20 +49,35 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
     DataError
         If the length of such an axis is unknown, so that Dask cannot.
     """
-    cut = {axis: -1 for axis, number in enumerate(array.numblocks) if axis and number > 1}
+    cut = [axis for axis, number in enumerate(array.numblocks) if axis and number > 1]
     if not cut:
         return array
     check_width(name, array, cut)
-    with dask.config.set({"array.rechunk.method": "tasks"}):  # only neighbours are joined
-        joined: da.Array = _compared(name, array).rechunk(cut)
-    return joined
+    axes = range(array.ndim)
+    whole = {array.ndim + axis: array.shape[axis] for axis in axes[1:]}
+    joined_columns: da.Array = da.blockwise(
+        partial(_join_columns, name, array.dtype),
+        (0, *whole),
+        ToldRows((array.chunks[0],)),
+        (0,),
+        array,
+        tuple(axes),
+        new_axes=whole,
+        # As the blocks are called on the dashboard, and in errors about them.
+        name=f"{key_split(array.name)}-{tokenize(name, array, array.chunks)}",
+        align_arrays=False,
+        concatenate=None,
+        dtype=array.dtype,
+        meta=array._meta,  # noqa: SLF001 - nothing is to be computed
+    )
+    return joined_columns
 
 
 def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
     """Cut an array into blocks of other lengths, each of its own blocks being checked before.
 
-    Slices would hide the rows that a block has too many, and all that follow would move. What is
-    joined of them takes the type of the first, whatever the values of the others are.
+    Slices would hide the rows that a block has too many, and all that follow would move. Dask would
+    give what it joins the type of the first, whatever the values of the others are.
 
     Parameters
     ----------
@@ -70,31 +87,37 @@ def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
         Of known lengths, with one chunk along the other axes.
     lengths : sequence of int
         The rows of the new blocks; the array itself is given where it has them already.
+
+    Raises
+    ------
+    DataError
+        If the array has another number of rows.
     """
-    rows = tuple(lengths)
-    if array.chunks[0] == rows:
+    rows, told = tuple(lengths), array.chunks[0]
+    if told == rows:
         return array
-    recut: da.Array = _compared(name, array).rechunk({0: rows})
-    return recut
-
-
-def _compared(name: str, array: da.Array) -> da.Array:
-    """Give an array whose blocks have the rows and the type that it tells, or are refused."""
-    axes = tuple(range(array.ndim))
-    checked: da.Array = da.blockwise(
-        partial(_checked, f"{name} as it was given", array.dtype),
-        axes,
-        ToldRows((array.chunks[0],)),
-        (0,),
-        array,
-        axes,
-        # As the blocks are called on the dashboard, and in errors about them.
-        name=f"{key_split(array.name)}-{tokenize(name, array, array.chunks)}",
-        align_arrays=False,
-        dtype=array.dtype,
-        meta=array._meta,  # noqa: SLF001 - nothing is to be computed
-    )
-    return checked
+    if sum(told) != sum(rows):
+        message = f"{name} has {sum(told)} rows, expected {sum(rows)} as the other inputs have"
+        raise DataError(message)
+    bounds = list(accumulate(told, initial=0))
+    cut = f"{key_split(array.name)}-{tokenize(name, array, told, rows)}"
+    others = (0,) * (array.ndim - 1)
+    graph: dict[Any, Any] = {}
+    for number, (start, stop) in enumerate(pairwise(accumulate(rows, initial=0))):
+        pieces = []
+        first = min(bisect_right(bounds, start), len(told)) - 1
+        for block in range(first, max(first + 1, bisect_left(bounds, stop))):
+            piece = (f"{cut}-rows", number, block)
+            graph[piece] = (
+                partial(_take_rows, name, array.dtype),
+                (block, told[block]),
+                (max(0, start - bounds[block]), stop - bounds[block]),
+                (array.name, block, *others),
+            )
+            pieces.append(piece)
+        graph[cut, number, *others] = (np.concatenate, pieces)
+    layers = HighLevelGraph.from_collections(cut, graph, [array])  # type: ignore[list-item]
+    return da.Array(layers, cut, (rows, *array.chunks[1:]), meta=array._meta)  # noqa: SLF001
 
 
 class ToldRows(ArrayBlockwiseDep):
@@ -105,9 +128,32 @@ class ToldRows(ArrayBlockwiseDep):
         return number, self.chunks[0][number]
 
 
-def _checked(of: str, dtype: np.dtype[Any], told: tuple[int, float], block: Any) -> Any:
+def _join_columns(
+    name: str, dtype: np.dtype[Any], told: tuple[int, float], chunks: list[Any]
+) -> np.ndarray[Any, Any]:
+    """Join the nested lists of chunks that make one row block."""
+
+    def join(part: Any, axis: int) -> np.ndarray[Any, Any]:
+        if isinstance(part, list):
+            return np.concatenate([join(each, axis + 1) for each in part], axis=axis)
+        return _checked(name, dtype, told, part)
+
+    return join(chunks, 1)
+
+
+def _take_rows(
+    name: str, dtype: np.dtype[Any], told: tuple[int, float], bounds: tuple[int, int], block: Any
+) -> np.ndarray[Any, Any]:
+    start, stop = bounds
+    return _checked(name, dtype, told, block)[start:stop]
+
+
+def _checked(
+    name: str, dtype: np.dtype[Any], told: tuple[int, float], block: Any
+) -> np.ndarray[Any, Any]:
+    """Give a block that has the rows that its array tells, and may be joined, or refuse it."""
     number, length = told
-    block = np.asarray(block)
+    block, of = np.asarray(block), f"{name} as it was given"
     if not np.isnan(length):
         check_rows(number, (block,), int(length), of=(of,))
-    return cast(block, dtype, f"block {number} of {of}")
+    return joined(block, dtype, name, f"block {number} of {of}")

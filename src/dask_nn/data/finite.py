@@ -17,6 +17,11 @@ __all__ = ["check_found", "not_finite"]
 def not_finite(values: np.ndarray[Any, Any]) -> tuple[int, int]:
     """Count values of a block that are not finite, and find the first row with one."""
     values = np.asarray(values)
+    if values.dtype.kind == "O":
+        try:
+            values = values.astype(np.float64)
+        except (TypeError, ValueError, OverflowError):  # refused where it is cast
+            return 0, 0
     if values.dtype.kind != "f":
         return 0, 0
     bad = ~np.isfinite(values)

@@ -9,7 +9,7 @@ from dask_nn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["check_rows"]
+__all__ = ["check_row_shape", "check_rows"]
 
 
 def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: Sequence[str]) -> None:
@@ -41,3 +41,31 @@ def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: Sequence[s
                 "it is now)"
             )
             raise DataError(message)
+
+
+def check_row_shape(block: int, shape: Sequence[int], expected: Sequence[int], *, of: str) -> None:
+    """Check that the rows of a block have the shape that was told: others may well broadcast.
+
+    Parameters
+    ----------
+    block : int
+        Its number.
+    shape : sequence of int
+        Of its array.
+    expected : sequence of int
+        The shape of a row.
+    of : str
+        The name of the field.
+
+    Raises
+    ------
+    DataError
+        If they have another.
+    """
+    if not shape or tuple(shape[1:]) != tuple(expected):
+        message = (
+            f"block {block} of {of} has shape {tuple(shape)}, expected rows of shape "
+            f"{tuple(expected)}; "
+            "is the shape that its Dask array tells true?"
+        )
+        raise DataError(message)

@@ -13,6 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 
 from dask_nn.data.batches import batch_dtypes, stored_dtype
+from dask_nn.data.blocks import MAX_ITEM_BYTES, NUMERIC_KINDS, fields_of
 from dask_nn.data.casts import cast, check_cast
 from dask_nn.data.cuts import ToldRows, check_width, cut_rows, one_chunk_per_row_block
 from dask_nn.data.inputs.frames import Indexed
@@ -33,6 +34,7 @@ __all__ = [
     "check_lengths",
     "per_block",
     "shipped",
+    "told_by",
 ]
 
 
@@ -51,8 +53,8 @@ def as_array(name: str, value: Any) -> Any:
             value = np.asarray(value)
         except ValueError as error:
             raise DataError(f"{name} cannot be read as an array: {error}") from error
-    if value.dtype.kind not in "biuf":
-        raise DataError(f"{name} must hold numbers, got {value.dtype}")
+    if value.dtype.kind not in NUMERIC_KINDS or value.dtype.itemsize > MAX_ITEM_BYTES:
+        raise DataError(f"{name} must hold numbers of at most 64 bits, got {value.dtype}")
     if value.ndim == 0:
         raise DataError(f"{name} must have an axis of rows, got a single number")
     return value
@@ -74,10 +76,12 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     Raises
     ------
     DataError
-        If they differ in length, have no rows, or an unknown length cannot be computed.
+        If they differ in length, have no rows, or an unknown length cannot be computed; if the
+        length of another axis is unknown, too, where that of the rows is.
     """
     for name, array in arrays.items():
-        check_width(name, array)
+        if np.isnan(array.shape[0]):
+            check_width(name, array)
     lazy = [array for array in arrays.values() if isinstance(array, da.Array)]
     unknown = [np.isnan(array.shape[0]) for array in lazy]
     same = len({array.numblocks[0] for array in lazy}) == 1
@@ -251,6 +255,13 @@ def _on_blocks(
         raise
     except Exception as error:  # the user's module or loss; not to be taken for a store's error
         raise ModelError(f"{type(error).__name__}: {error}") from error
+
+
+def told_by(
+    arrays: Mapping[str, Any], floating: torch.dtype
+) -> Callable[[Sequence[Any], float], list[Any]]:
+    """Give `as_told` for the blocks of arrays, as a check of `per_block`."""
+    return partial(as_told, fields_of(arrays), floating)
 
 
 def as_told(

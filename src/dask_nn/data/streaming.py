@@ -18,7 +18,7 @@ from distributed.client import futures_of
 from dask_nn.data.casts import join
 from dask_nn.data.cuts import check_width, cut_rows
 from dask_nn.data.finite import check_found, not_finite
-from dask_nn.data.lengths import check_rows
+from dask_nn.data.lengths import check_row_shape, check_rows
 from dask_nn.data.problem import Problem, TaskLog, find_problem
 from dask_nn.data.recipes import inseparable, origin, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able
@@ -170,7 +170,7 @@ def stream_blocks(
     recipes, shared = write_recipes(list(lazy.values()), surveyor.sizes)
     surveyor.share(shared)
     places = [names.index(name) for name in lazy]
-    types = [_type_in_batch(name, array.dtype) for name, array in lazy.items()]
+    types = [array.dtype for array in lazy.values()]
     targets = [number for number, name in enumerate(lazy) if not name.startswith("X")]
     if known:
         lengths = tuple(map(int, next(iter(lazy.values())).chunks[0]))
@@ -179,8 +179,7 @@ def stream_blocks(
             parts = [recipe.only(small) for recipe in recipes]
             of = [names[places[number]] for number in small]
             found = surveyor.look(_values, parts, " and ".join(of))
-            for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
-                check_rows(block, columns, length, of=of)
+            _check_shapes(found, lengths, {name: lazy[name] for name in of})
             joined = {
                 places[number]: join(column, types[number], names[places[number]])
                 for number, column in zip(small, zip(*found, strict=True), strict=True)
@@ -246,12 +245,10 @@ def _cut(lazy: dict[str, da.Array], limit_bytes: int | None) -> dict[str, da.Arr
             raise DataError(message)
         reference = smaller
     rows = reference.chunks[0]
-    # Not P2P: that moves all rows at once, while blocks are to be made one by one.
-    with dask.config.set({"array.rechunk.method": "tasks"}):
-        return {
-            name: reference if name == first else cut_rows(name, array, rows)
-            for name, array in lazy.items()
-        }
+    return {
+        name: reference if name == first else cut_rows(name, array, rows)
+        for name, array in lazy.items()
+    }
 
 
 def _check_inputs(lazy: dict[str, da.Array], kept: dict[int, Array], names: list[str]) -> None:
@@ -266,11 +263,14 @@ def _check_inputs(lazy: dict[str, da.Array], kept: dict[int, Array], names: list
             raise DataError(message)
 
 
-def _type_in_batch(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Tell the type of a target or weight in a batch, as `batch_dtypes` does with torch's."""
-    if name == "sample_weight" and dtype.kind != "f":
-        return np.dtype(np.float64)
-    return np.dtype(np.int64) if dtype.kind in "iu" else dtype
+def _check_shapes(
+    found: Sequence[tuple[Array, ...]], lengths: Sequence[int], told: Mapping[str, da.Array]
+) -> None:
+    """Check that blocks, of one column for each array, have the rows that the arrays tell."""
+    for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
+        check_rows(block, columns, length, of=list(told))
+        for (name, array), column in zip(told.items(), columns, strict=True):
+            check_row_shape(block, column.shape, array.shape[1:], of=name)
 
 
 def _values(columns: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -303,12 +303,7 @@ def _lengths(
     for block, shapes in enumerate(found):
         rows = shapes[0][0] if shapes[0] else 0
         for (name, array), shape in zip(lazy.items(), shapes, strict=True):
-            if shape[1:] != tuple(array.shape[1:]) or len(shape) != array.ndim:
-                message = (
-                    f"block {block} of {name} has shape {shape}, expected rows of shape "
-                    f"{tuple(array.shape[1:])} as in the first block"
-                )
-                raise DataError(message)
+            check_row_shape(block, shape, array.shape[1:], of=name)
             if shape[0] != rows:
                 message = (
                     f"block {block} of {name} has {shape[0]} rows, but that of "

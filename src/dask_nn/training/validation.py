@@ -11,6 +11,7 @@ from torch import nn
 from dask_nn.collectives.tree import shard_range
 from dask_nn.data.batches import stored_dtype
 from dask_nn.data.casts import check_cast
+from dask_nn.data.lengths import check_row_shape
 from dask_nn.data.problem import of_validation_data
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.training.randomness import SeededRandomness
@@ -139,11 +140,12 @@ def evaluate_block(
     Raises
     ------
     DataError
-        If the block has values that its type cannot hold.
+        If the block's rows have another shape, or values that its type cannot hold.
     """
     from dask_nn.metrics.block import block_partials
 
     for field, array, dtype in zip(spec.fields, arrays, dtypes, strict=True):
+        check_row_shape(block, array.shape, field.shape, of=field.name)
         check_cast(array, stored_dtype(dtype), f"block {block} of {field.name}")
 
     def evaluate(_: bool) -> dict[str, Partial]:
