@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask
 import pytest
@@ -20,6 +21,9 @@ from distributed import Client
 from dask_nn.clusters import default_client
 from dask_nn.clusters.local import available_cores, local_cluster
 from dask_nn.errors import ClusterError, ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LOST_AFTER = "distributed.deploy.lost-worker-timeout"
 
@@ -167,6 +171,47 @@ def test_clusters_that_overlap_leave_settings_as_they_were() -> None:
     assert scheduler() == computed_by
 
 
+@pytest.fixture
+def log() -> Iterator[logging.StreamHandler[io.StringIO]]:
+    """Give a handler of Distributed's logger, as Distributed itself makes one."""
+    handler = logging.StreamHandler(io.StringIO())
+    logging.getLogger("distributed").addHandler(handler)
+    yield handler
+    logging.getLogger("distributed").removeHandler(handler)
+
+
+def test_distributed_is_heard_inside_the_block_alone(log) -> None:
+    with local_cluster(1, preload=(), dashboard_address=":0") as client:
+        assert log.stream.getvalue() == ""
+        assert restarted(client)
+        assert "Restarting worker" in log.stream.getvalue()
+        # What is no warning is kept back, however much Distributed would say.
+        assert "killed by signal" not in log.stream.getvalue()
+        told = log.stream.getvalue()
+    assert log.stream.getvalue() == told
+
+
+def test_clusters_that_overlap_are_heard_until_their_own_ends(log) -> None:
+    options: dict[str, Any] = {"processes": False, "dashboard_address": ":0"}
+    log.setLevel(logging.INFO)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(local_cluster(1, **options))
+        second.enter_context(local_cluster(1, **options))
+        for end in (lambda: None, first.close):
+            end()
+            logging.getLogger("distributed.scheduler").warning("heard")
+            assert log.level == logging.WARNING
+    assert log.stream.getvalue() == "heard\nheard\n"
+    assert log.level == logging.INFO
+
+
+def test_a_handler_that_says_less_goes_on_saying_less(log) -> None:
+    log.setLevel(logging.ERROR)
+    with local_cluster(1, processes=False, dashboard_address=":0"):
+        assert log.level == logging.ERROR
+    assert log.level == logging.ERROR
+
+
 def test_a_client_whose_end_takes_long_does_not_replace_the_result(monkeypatch) -> None:
     monkeypatch.setattr(default_client, "CLOSE_TIMEOUT_S", 0.2)
     with local_cluster(1, processes=False, dashboard_address=":0") as client:
@@ -290,6 +335,23 @@ def test_a_task_that_still_runs_keeps_nobody() -> None:
         began = time.monotonic()
     assert time.monotonic() - began < task_s / 2
     assert task.status != "finished"
+
+
+def test_a_process_that_ends_before_its_task_says_nothing_of_what_is_gone(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import time\n"
+        "from dask_nn.clusters.local import local_cluster\n"
+        "with local_cluster(1, processes=False, dashboard_address=':0') as client:\n"
+        "    task = client.submit(time.sleep, 20)\n"
+        "    while not any(client.processing().values()):\n"
+        "        time.sleep(0.05)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
 
 
 def test_the_client_is_closed_with_its_cluster() -> None:

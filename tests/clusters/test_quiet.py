@@ -41,3 +41,16 @@ def test_a_level_that_is_set_where_it_is_heard_is_kept(logger: logging.Logger) -
     with quiet(NAME) as heard, heard():
         logger.setLevel(logging.DEBUG)
     assert logger.level == logging.DEBUG
+
+
+def test_a_logger_below_it_with_a_level_of_its_own_is_quiet_too(logger: logging.Logger) -> None:
+    """As Distributed's configuration gives some of them."""
+    child = logger.getChild("client")
+    child.setLevel(logging.INFO)
+    with quiet(NAME) as heard:
+        assert not child.isEnabledFor(logging.ERROR)
+        with heard():
+            assert child.level == logging.INFO
+        logger.getChild("other").setLevel(logging.ERROR)
+    assert child.level == logging.INFO
+    assert logger.getChild("other").level == logging.ERROR

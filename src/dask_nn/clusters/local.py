@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import shutil
 import tempfile
 import time
@@ -23,7 +22,7 @@ from dask_nn.clusters.default_client import default_client
 from dask_nn.clusters.graphics_cards import check_cards, give_a_card_to_each, visible_cards
 from dask_nn.clusters.local_options import check_request
 from dask_nn.clusters.loop import loop_blind_to_interrupts, see_through, start_in, stop
-from dask_nn.clusters.quiet import quiet_distributed
+from dask_nn.clusters.quiet import quiet_distributed, warnings_of_distributed
 from dask_nn.clusters.reason import first_reason_of
 from dask_nn.clusters.shared_setting import SharedSetting
 from dask_nn.clusters.worker_processes import WorkerProcesses
@@ -130,6 +129,7 @@ def local_cluster(
     deadline = time.monotonic() + start_timeout_s
     scratch = tempfile.mkdtemp(prefix="dask-nn-")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings_of_distributed)
         heard = stack.enter_context(quiet_distributed())
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         processes_left = WorkerProcesses()
@@ -154,7 +154,8 @@ def local_cluster(
                         **(options.pop("scheduler_kwargs", None) or {}),
                     },
                     dashboard_address=dashboard_address and free_or_any(dashboard_address),
-                    silence_logs=logging.CRITICAL,
+                    # It would silence all handlers of this process, also where they are heard.
+                    silence_logs=False,
                     security=security,
                     asynchronous=True,
                     **({"preload": list(preload)} if preload else {}),
@@ -275,3 +276,15 @@ def _close(
         # It has its turn when the loop has made what it is just making: that cannot be closed
         # before it is there, and would go on using the scratch folder.
         see_through(start_in(runner, close()), SETTLE_TIMEOUT_S)
+    for cluster in made:
+        _let_go_of_folders(cluster)
+
+
+def _let_go_of_folders(cluster: LocalCluster) -> None:
+    """Let those of a cluster that could not be closed not look for their folders later.
+
+    That would be at the end of the process, and Distributed complains of those that are gone.
+    """
+    for server in filter(None, (cluster.scheduler, *cluster.workers.values())):
+        if (folder := vars(server).get("_workdir")) is not None:
+            folder.release()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from dask_nn.clusters.shared_setting import SharedSetting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
-__all__ = ["quiet", "quiet_distributed"]
+__all__ = ["quiet", "quiet_distributed", "warnings_of_distributed"]
 
 _hushed: dict[str, SharedSetting] = {}
 
@@ -40,13 +40,38 @@ def quiet_distributed() -> AbstractContextManager[Callable[[], AbstractContextMa
 
 @contextmanager
 def _critical_only(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    with _raised([logging.getLogger(name), *_with_own_levels(name)], logging.CRITICAL):
+        yield
+
+
+def _with_own_levels(name: str) -> list[logging.Logger]:
+    """Give the loggers below one that do not take their level from it."""
+    known = list(logging.root.manager.loggerDict.items())
+    below = [logger for each, logger in known if each.startswith(f"{name}.")]
+    return [logger for logger in below if isinstance(logger, logging.Logger) and logger.level]
+
+
+@contextmanager
+def _handled_from(name: str, level: int) -> Iterator[None]:
+    with _raised(logging.getLogger(name).handlers, level):
+        yield
+
+
+@contextmanager
+def _raised(heard: Iterable[logging.Logger | logging.Handler], level: int) -> Iterator[None]:
+    before = [(each, each.level) for each in heard if each.level < level]
+    for each, _ in before:
+        each.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for each, own in before:
+            each.setLevel(own)
+
+
+# The handlers, not the logger, so that it does not matter who is quiet meanwhile. A scheduler and
+# nannies of this process would tell of every connection.
+warnings_of_distributed = SharedSetting(partial(_handled_from, "distributed", logging.WARNING))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import multiprocessing
 import time
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class WorkerProcesses:
         self._known: list[WorkerProcess] = []
 
     def noted_by(self, worker_class: Any) -> Any:
-        """Give a class of nannies that has its processes noted here.
+        """Give a class of nannies that has its processes noted here, and quiet.
 
         Parameters
         ----------
@@ -47,7 +48,9 @@ class WorkerProcesses:
                 self._known.append(process)
 
         noting = property(lambda nanny: vars(nanny)["process"], note)
-        return type(kind.__name__, (kind,), {"process": noting})
+        # Of the processes alone: given to the nanny, it would silence this process, too.
+        level = property(lambda _: logging.CRITICAL, lambda *_: None)
+        return type(kind.__name__, (kind,), {"process": noting, "silence_logs": level})
 
     def kill(self) -> None:
         """Kill those that are there, also those that a thread is just starting."""
