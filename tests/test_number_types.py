@@ -407,3 +407,34 @@ def test_blocks_that_keep_their_values_are_joined_in_one_type(anywhere):
         model.weight.zero_()
         model.bias.copy_(torch.tensor([0.0, 1.0]))  # it says 1 of every row
     assert dask_nn.evaluate(model, X, y, metrics=["accuracy"]) == {"accuracy": 0.75}
+
+
+MISSING = np.array([1.0, None, 1.0, 0.0], object)
+
+
+@in_memory
+@pytest.mark.parametrize("size", [4, 400_000], ids=["small", "large"])
+@pytest.mark.parametrize("field", ["y", "sample_weight"])
+def test_missing_values_among_objects_are_found(memory, where, field, size):
+    """None becomes NaN in a batch, as it would in a table."""
+    values = np.concatenate([MISSING, np.ones(size - 4, object)])
+    told = da.from_delayed(delayed(values, pure=False), (size,), "f8")
+    data = {"X": da.ones((2 * size, 1), chunks=(size, 1))}
+    data |= {name: da.ones(2 * size, chunks=size) for name in ("y", "sample_weight")}
+    data[field] = da.concatenate([da.ones(size, chunks=size), told])
+    said = (
+        rf"{field} has 1 values that are missing \(NaN\) or infinite, the first in row {size + 1}"
+    )
+    with pytest.raises(DataError, match=said):
+        weights_of(data["X"], data["y"], data["sample_weight"], memory=memory, **where)
+
+
+@in_memory
+@pytest.mark.parametrize("field", ["y", "sample_weight"])
+def test_missing_values_among_objects_of_validation_data_are_found(memory, where, field):
+    X, ones = da.ones((8, 1), chunks=(4, 1)), da.ones(8, chunks=4)
+    columns = {"y": ones, "sample_weight": ones}
+    columns[field] = told("f8", np.ones(4), MISSING)
+    said = rf"validation data: {field} has 1 values that are missing"
+    with pytest.raises(DataError, match=said):
+        weights_of(X, ones, ones, validation=(X, *columns.values()), memory=memory, **where)

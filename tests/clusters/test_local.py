@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import io
 import logging
@@ -9,21 +11,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import dask
 import pytest
 from distributed import Client
 
-from dask_nn.clusters import default_client
+from dask_nn.clusters import default_client, local
 from dask_nn.clusters.local import available_cores, local_cluster
+from dask_nn.clusters.loop import loop_blind_to_interrupts, start_in, stop
 from dask_nn.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from distributed.utils import LoopRunner
 
 LOST_AFTER = "distributed.deploy.lost-worker-timeout"
 
@@ -134,6 +140,36 @@ def test_a_nanny_that_gave_up_its_worker_leaves_nothing(slow: str) -> None:
     ):
         pass
     assert set(multiprocessing.active_children()) <= set(before)
+
+
+class HungCluster:
+    """Cannot be closed as long as it has processes."""
+
+    scheduler = None
+    workers: ClassVar[dict[int, Any]] = {}
+
+    def __init__(self, runner: LoopRunner) -> None:
+        self._runner = runner
+        self._killed = threading.Event()
+        self.loop_went_on = False
+
+    async def close(self) -> None:
+        while not self._killed.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def kill(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            start_in(self._runner, asyncio.sleep(0)).result(10)
+            self.loop_went_on = True
+        self._killed.set()
+
+
+def test_the_event_loop_goes_on_while_processes_are_killed() -> None:
+    runner = loop_blind_to_interrupts()
+    hung: Any = HungCluster(runner)
+    local._close(runner, [hung], hung, 0.1, None)
+    stop(runner, 1)
+    assert hung.loop_went_on
 
 
 def test_what_others_started_meanwhile_outlives_a_cluster() -> None:

@@ -52,9 +52,28 @@ def test_the_first_reason_is_the_first_that_says_something() -> None:
     assert first_reason_of(Empty()) == "Empty"
 
 
-def test_what_an_error_hides_is_no_reason() -> None:
-    error = Empty()
-    error.__context__ = OSError("no route")
-    assert reason_of(error) == "no route"
-    error.__suppress_context__ = True  # raise ... from None
-    assert reason_of(error) == first_reason_of(error) == "Empty"
+def while_handling(handled: BaseException, error: BaseException, *, hide: bool) -> BaseException:
+    """Give an error as it is raised where another one is handled, with or without ``from None``."""
+    try:
+        raise handled
+    except type(handled):
+        try:
+            if hide:
+                raise error from None
+            raise error
+        except type(error):
+            return error
+
+
+@pytest.mark.parametrize(("hide", "reason"), [(False, "no route"), (True, "RuntimeError")])
+def test_what_was_being_handled_is_a_reason_unless_it_is_hidden(hide: bool, reason: str) -> None:
+    error = while_handling(OSError("no route"), RuntimeError(), hide=hide)
+    assert reason_of(error) == reason
+    assert first_reason_of(error) == reason
+
+
+def test_a_cause_behind_what_is_hidden_is_none() -> None:
+    hidden = after(OSError("no route"), ValueError("no address"))
+    error = while_handling(hidden, RuntimeError("it failed"), hide=True)
+    assert first_reason_of(error) == "it failed"
+    assert first_reason_of(after(error, Empty())) == "it failed"

@@ -267,6 +267,7 @@ def _close(
             await asyncio.wait({closing}, timeout=patience_s)
             if not closing.done():
                 # Workers that hang must not keep the caller; without them the cluster closes.
+                # It waits for processes that are just starting, and this loop starts them.
                 await asyncio.to_thread(processes_left.kill)
                 await asyncio.wait({closing}, timeout=timeout_s)
             if closing.done():

@@ -27,8 +27,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     behind: BaseException | None = error
     while behind is not None:
         yield behind
-        hidden = behind.__suppress_context__
-        behind = behind.__cause__ or (None if hidden else behind.__context__)
+        # "raise ... from None" says that what was being handled is no reason.
+        handled = None if behind.__suppress_context__ else behind.__context__
+        behind = behind.__cause__ or handled
         # A deadline that is over cancels what it waits for: neither that nor what the waiting was
         # busy with is a reason.
         if not isinstance(behind, Exception):
