@@ -33,11 +33,10 @@ def train(*data: Any, **options: Any) -> Any:
     return dask_nn.train(
         partial(nn.Linear, 1, 2),
         *data,
-        loss=nn.CrossEntropyLoss(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         batch_size=20,
         strategy=dask_nn.Synchronous(shards=2, threads_per_rank=1),
-        **({"epochs": 1, "window": 2} | options),
+        **({"loss": nn.CrossEntropyLoss(), "epochs": 1, "window": 2} | options),
     )
 
 
@@ -200,3 +199,24 @@ def test_a_source_that_changes_its_length_between_epochs_ends_the_run(kind, rows
     with pytest.raises((DataError, RankFailed), match=wrong(r"\d", "(X|y)", rows)) as caught:
         train(*data, memory="stream", epochs=9, callbacks=[changing], **where)
     assert "its source has changed since it was looked at" in str(caught.value)
+
+
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Broadcast what has another shape, as a loss of one's own may."""
+    return ((output[:, 0] - target) ** 2).mean()
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+@pytest.mark.parametrize(("of", "wrong_blocks"), [("X", [1]), ("y", [0, 1, 2])], ids=["X", "y"])
+def test_validation_data_of_another_row_shape_is_refused(of, wrong_blocks, memory, where):
+    def parts(name: str, *row_shape: int) -> da.Array:
+        more = wrong_blocks if name == of else []
+        shapes = [(SAID, *row_shape, *([1] if number in more else [])) for number in range(3)]
+        made = [delayed(np.ones(shape, "f4")) for shape in shapes]
+        return da.concatenate([da.from_delayed(m, (SAID, *row_shape), "f4") for m in made])
+
+    X, y = np.ones((BLOCKS * SAID, 1), "f4"), np.ones(BLOCKS * SAID, "f4")
+    X, y = da.from_array(X, chunks=(SAID, 1)), da.from_array(y, chunks=SAID)
+    said = rf"validation data: block {wrong_blocks[0]} of {of} has shape"
+    with pytest.raises((DataError, RankFailed), match=said):
+        train(X, y, validation=(parts("X", 1), parts("y")), loss=squares, memory=memory, **where)

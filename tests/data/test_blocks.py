@@ -218,7 +218,7 @@ def test_a_block_that_is_not_what_its_array_says_is_found(request, where):
     lazy = da.from_array(X, chunks=(5, 3)).map_blocks(lambda block: block[:1], dtype=X.dtype)
     text = {
         "this process": r"block 0 of X gave an array of 1 rows, expected 5: ",
-        "cluster": r"first rows of X have shape \(1, 3\), expected \(4, 3\)",
+        "cluster": r"block 0 of X, cut to its first rows, has shape \(1, 3\), expected \(4, 3\)",
     }
     with pytest.raises(DataError, match=text[where]):
         sample(aligned(client, X=lazy, y=Y), 4, client=client)

@@ -16,6 +16,7 @@ from dask_nn.data.batches import batch_dtypes, stored_dtype
 from dask_nn.data.casts import cast, check_cast
 from dask_nn.data.cuts import ToldRows, check_width, cut_rows, one_chunk_per_row_block
 from dask_nn.data.inputs.frames import Indexed
+from dask_nn.data.lengths import check_shape
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -284,13 +285,7 @@ def as_told(
     """
     found = []
     for field, dtype, block in zip(fields, batch_dtypes(fields, floating), blocks, strict=True):
-        shape = tuple(block.shape)
-        expected = (*(shape[:1] if np.isnan(length) else [int(length)]), *field.shape)
-        if shape != expected:
-            raise DataError(
-                f"{field.name} has shape {shape}, expected {expected}; is the chunk size that its "
-                "Dask array tells true?"
-            )
+        check_shape(tuple(block.shape), field.shape, field.name, length=length)
         found.append(block if isinstance(block, Indexed) else _of_type(field, dtype, block))
     check_lengths({field.name: block for field, block in zip(fields, found, strict=True)})
     return found
