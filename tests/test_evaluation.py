@@ -257,6 +257,15 @@ def test_bad_input_is_refused(lazy: bool, y: Any, options: Any, error: Any, mess
         evaluate(network(), features, y, **options)
 
 
+@pytest.mark.parametrize("columns", [6, 2], ids=["one chunk", "three chunks"])
+def test_columns_whose_number_is_unknown_are_counted(columns: int) -> None:
+    wide = da.from_array(X, chunks=(20, columns))
+    chosen = wide[:, da.from_array([True] * 4 + [False] * 2, chunks=columns)]
+    assert np.isnan(chosen.shape[1])
+    model = nn.Linear(4, 4)
+    assert evaluate(model, chosen, LABELS) == evaluate(model, wide[:, :4], LABELS)
+
+
 @pytest.mark.parametrize(
     ("model", "features", "y", "error", "message"),
     [

@@ -222,6 +222,17 @@ def test_bad_input_is_refused(X: Any, options: Any, error: Any, message: str) ->
         predict(network(), X, **options)
 
 
+@pytest.mark.parametrize("columns", [8, 2], ids=["one chunk", "four chunks"])
+def test_columns_whose_number_is_unknown_are_counted(columns: int) -> None:
+    wide, model = rows(8), network()
+    lazy = da.from_array(wide, chunks=(20, columns))
+    chosen = lazy[:, da.from_array([True] * 6 + [False] * 2, chunks=columns)]
+    assert np.isnan(chosen.shape[1])
+    np.testing.assert_array_equal(
+        predict(model, chosen).compute(), expected(model, wide[:, :6], "label")
+    )
+
+
 def test_a_transform_that_cannot_be_pickled_is_named() -> None:
     lock = threading.Lock()
 

@@ -84,7 +84,8 @@ def predict(
         row chunks; for a table a Series or DataFrame with the same index; for an xarray object a
         DataArray with the coordinates of its rows; for Delayed a list of them; for a Bag a Bag of
         one prediction for each row; for a torch dataset a Dask array; else a NumPy array. Nothing
-        is computed before but the outputs for two rows of zeros, and the first of Delayed parts.
+        is computed before but the outputs for two rows of zeros, the first of Delayed parts, and
+        the lengths of an array whose number of columns is unknown.
         A module that returns a dictionary or tuple gives one of these for each member; compute
         them together, and the model runs once.
 

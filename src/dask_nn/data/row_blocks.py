@@ -63,7 +63,8 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     """Give all inputs the row chunks of one of them, and one chunk along other axes.
 
     Inputs of unknown lengths that have the same number of chunks are taken to be aligned, which
-    `as_told` makes sure of in every block; else their lengths are computed.
+    `as_told` makes sure of in every block; else their lengths are computed. So are unknown lengths
+    of other axes where the number of rows is known.
 
     Parameters
     ----------
@@ -75,10 +76,12 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     Raises
     ------
     DataError
-        If they differ in length, have no rows, or an unknown length cannot be computed.
+        If they differ in length, have no rows, or an unknown length cannot be computed; and, before
+        anything is computed, if neither the rows nor another axis of one have a known length.
     """
     for name, array in arrays.items():
-        check_width(name, array)
+        if np.isnan(array.shape[0]):
+            check_width(name, array)
     lazy = [array for array in arrays.values() if isinstance(array, da.Array)]
     unknown = [np.isnan(array.shape[0]) for array in lazy]
     same = len({array.numblocks[0] for array in lazy}) == 1
