@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dask_nn.data.blocks import fields_of
+from dask_nn.data.blocks import as_array, fields_of
 from dask_nn.data.inputs.frames import Indexed
 from dask_nn.data.inputs.read import read_rows
 from dask_nn.data.inputs.results import frame_of, like_input
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
-from dask_nn.data.row_blocks import aligned, as_array, as_told, check_lengths, per_block, shipped
+from dask_nn.data.row_blocks import aligned, as_told, check_lengths, per_block, shipped
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.grouping import Grouping
 from dask_nn.metrics.forward import (

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from torch import nn
 
+from dask_nn.data.blocks import as_array
 from dask_nn.data.cuts import one_chunk_per_row_block
-from dask_nn.data.row_blocks import aligned, as_array, per_block, shipped
+from dask_nn.data.row_blocks import aligned, per_block, shipped
 from dask_nn.errors import DataError
 
 MODEL = pickle.dumps(nn.Dropout())

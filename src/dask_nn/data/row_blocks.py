@@ -28,35 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "aligned",
-    "as_array",
     "as_told",
     "check_finite",
     "check_lengths",
     "per_block",
     "shipped",
 ]
-
-
-def as_array(name: str, value: Any) -> Any:
-    """Read an input as a Dask array if it is one, else as a NumPy array.
-
-    Raises
-    ------
-    DataError
-        If it has no rows' axis or does not hold numbers.
-    """
-    if not isinstance(value, da.Array):
-        if hasattr(value, "detach"):  # a torch tensor
-            value = value.detach().cpu().numpy()
-        try:
-            value = np.asarray(value)
-        except ValueError as error:
-            raise DataError(f"{name} cannot be read as an array: {error}") from error
-    if value.dtype.kind not in "biuf":
-        raise DataError(f"{name} must hold numbers, got {value.dtype}")
-    if value.ndim == 0:
-        raise DataError(f"{name} must have an axis of rows, got a single number")
-    return value
 
 
 def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[da.Array]:
