@@ -17,6 +17,7 @@ from dask_nn.data.casts import cast, check_cast
 from dask_nn.data.cuts import ToldRows, check_width, cut_rows, one_chunk_per_row_block
 from dask_nn.data.inputs.frames import Indexed
 from dask_nn.data.lengths import check_shape
+from dask_nn.data.resident import resolve_lengths
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     same = len({array.numblocks[0] for array in lazy}) == 1
     if all(unknown) and same and len(lazy) == len(arrays):
         return [one_chunk_per_row_block(name, array) for name, array in arrays.items()]
-    resolved = {name: _with_lengths(name, array) for name, array in arrays.items()}
+    resolved = {
+        name: resolve_lengths(name, array, None) if _is_lazy(array) else array
+        for name, array in arrays.items()
+    }
     if not check_lengths(resolved):
         raise DataError(f"there is nothing to compute: {', '.join(arrays)} have 0 rows")
     reference = reference or next(name for name, array in arrays.items() if _is_lazy(array))
@@ -118,19 +122,6 @@ def check_finite(name: str, rows: np.ndarray[Any, Any]) -> None:
             f"{name} has {int(bad.sum())} rows with values that are missing (NaN) or infinite, the "
             f"first is row {int(bad.argmax())}; drop or fill them"
         )
-
-
-def _with_lengths(name: str, array: Any) -> Any:
-    """Find the unknown chunk sizes of a copy of a Dask array, which costs computing it once."""
-    if not isinstance(array, da.Array) or not any(np.isnan(length) for length in array.shape):
-        return array
-    copied = da.Array(array.dask, array.name, array.chunks, meta=array)
-    try:
-        return copied.compute_chunk_sizes()
-    except Exception as error:
-        raise DataError(
-            f"the chunk sizes of {name} are unknown and cannot be computed: {error}"
-        ) from error
 
 
 def shipped(model: bytes, *parts: bytes) -> Delayed:
