@@ -258,11 +258,12 @@ def test_missing_targets_are_refused_before_the_start(memory, data, client):
         )
 
 
-def test_blocks_of_another_width_are_named(data, client):
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_blocks_of_another_width_are_named(memory, data, client):
     parts = slices(data)
     parts[3] = delayed((data.X[:ROWS, :19], data.y[:ROWS]))
     with pytest.raises(DataError, match=r"block 3 of X has shape .100, 19."):
-        train(parts, memory="stream")
+        train(parts, memory=memory)
 
 
 def test_a_stream_of_an_array_in_this_process_is_refused(data):

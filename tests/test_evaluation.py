@@ -248,6 +248,12 @@ class Locked(nn.Module):
             DataError,
             r"shape \(60, 1\)",
         ),
+        (
+            LABELS,
+            {"sample_weight": WEIGHTS.astype(np.longdouble), "loss": F.cross_entropy},
+            DataError,
+            r"sample_weight has dtype \S+, expected numbers .* at most 64 bits",
+        ),
         (LABELS, {"batch_size": 0}, ConfigurationError, "must be positive"),
     ],
 )
@@ -275,7 +281,7 @@ def test_columns_whose_number_is_unknown_are_counted(columns: int) -> None:
         (Locked(), da.from_array(X), LABELS, ModelError, "module.lock"),
         (network(), X[:, :5], LABELS, ModelError, r"rows of shape \(5,\)"),
         ("model", X, LABELS, ModelError, "must be a torch.nn.Module"),
-        (network(), X.astype(str), LABELS, DataError, "X must hold numbers"),
+        (network(), X.astype(str), LABELS, DataError, "X has dtype <U.*, expected numbers"),
     ],
 )
 def test_data_and_models_that_cannot_work_are_refused(

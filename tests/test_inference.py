@@ -212,8 +212,9 @@ def test_models_that_cannot_work_are_refused(model: Any, error: Any, message: st
         (rows(6), {"batch_size": 0}, ConfigurationError, "must be positive, got 0"),
         (rows(6), {"batch_size": 1.5}, ConfigurationError, "must be an integer"),
         (np.zeros((3, 6), dtype=np.uint8), {}, ModelError, "with transform="),
-        (np.array(["a", "b"]), {}, DataError, "must hold numbers"),
-        (np.float64(1), {}, DataError, "axis of rows"),
+        (np.array(["a", "b"]), {}, DataError, "expected numbers"),
+        (rows(6).astype(np.longdouble), {}, DataError, "X has dtype .*at most 64 bits"),
+        (np.float64(1), {}, DataError, "at least one axis"),
         (rows(6), {"transform": threading.Lock()}, ModelError, "module cannot process"),
     ],
 )

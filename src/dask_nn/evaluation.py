@@ -12,13 +12,12 @@ import numpy as np
 from dask.delayed import delayed
 from torch import Tensor, nn
 
-from dask_nn.data.blocks import fields_of
+from dask_nn.data.blocks import as_array, fields_of
 from dask_nn.data.inputs.read import read_inputs
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
 from dask_nn.data.row_blocks import (
     aligned,
-    as_array,
     as_told,
     check_finite,
     check_lengths,
@@ -297,8 +296,5 @@ def _evaluate_block(
 
 def _check_arrays(arrays: Mapping[str, Any]) -> None:
     """Check that all inputs have as many rows as X, as far as their lengths are known."""
-    weight = arrays.get("sample_weight")
-    if weight is not None and weight.ndim != 1:
-        raise DataError(f"sample_weight must have shape (num_rows,), got shape {weight.shape}")
     if check_lengths(arrays) == 0:
         raise DataError("there is nothing to evaluate: X and y have 0 rows")

@@ -13,19 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dask_nn.data.blocks import as_array
 from dask_nn.data.inputs.frames import Indexed
 from dask_nn.data.inputs.read import read_rows
 from dask_nn.data.inputs.results import frame_of, like_input
 from dask_nn.data.inputs.slices import cut_to_fit
 from dask_nn.data.reader import RETRY_PAUSES_S
-from dask_nn.data.row_blocks import (
-    aligned,
-    as_array,
-    check_lengths,
-    per_block,
-    shipped,
-    told_by,
-)
+from dask_nn.data.row_blocks import aligned, check_lengths, per_block, shipped, told_by
 from dask_nn.errors import ConfigurationError, ModelError
 from dask_nn.grouping import Grouping
 from dask_nn.metrics.forward import (
@@ -90,7 +84,8 @@ def predict(
         row chunks; for a table a Series or DataFrame with the same index; for an xarray object a
         DataArray with the coordinates of its rows; for Delayed a list of them; for a Bag a Bag of
         one prediction for each row; for a torch dataset a Dask array; else a NumPy array. Nothing
-        is computed before but the outputs for two rows of zeros, and the first of Delayed parts.
+        is computed before but the outputs for two rows of zeros, the first of Delayed parts, and
+        the lengths of an array whose number of columns is unknown.
         A module that returns a dictionary or tuple gives one of these for each member; compute
         them together, and the model runs once.
 

@@ -205,6 +205,6 @@ def test_a_block_of_another_shape_is_not_repeated_to_fit(found):
     fields = (Field(name="X", shape=(2,), dtype=np.dtype("f8")),)
     rows = new_rows(3, fields, (torch.float64,))
     window = Window(0, 3, (Piece(0, 0, 3),))
-    said = r"block 0 of X gave an array of shape .*, expected \(3, 2\)"
+    said = r"block 0 of X, cut to rows 0 to 3, has shape .*, expected \(3, 2\)"
     with pytest.raises(DataError, match=said):
         load_window(window, np.arange(3), MemoryReader([(found,)]), rows, ["X"])

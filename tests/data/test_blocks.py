@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from uuid import uuid4
 
 import dask
@@ -218,7 +219,7 @@ def test_a_block_that_is_not_what_its_array_says_is_found(request, where):
     lazy = da.from_array(X, chunks=(5, 3)).map_blocks(lambda block: block[:1], dtype=X.dtype)
     text = {
         "this process": r"block 0 of X gave an array of 1 rows, expected 5: ",
-        "cluster": r"first rows of X have shape \(1, 3\), expected \(4, 3\)",
+        "cluster": r"block 0 of X, cut to its first rows, has shape \(1, 3\), expected \(4, 3\)",
     }
     with pytest.raises(DataError, match=text[where]):
         sample(aligned(client, X=lazy, y=Y), 4, client=client)
@@ -292,3 +293,18 @@ def test_what_is_measured_stays_where_it_is_pinned(client):
         parts = [dask.delayed(part, pure=False)() for _ in range(3)]
     rows = da.concatenate([da.from_delayed(one, (np.nan, 3), X.dtype) for one in parts])
     assert measure({"X": rows}, client) == 3 * X.nbytes
+
+
+@pytest.mark.parametrize("where", ["this process", "cluster"])
+@pytest.mark.parametrize("row_shape", [(2,), (), (3, 1)], ids=str)
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_part_of_another_shape_is_named_where_lengths_are_unknown(
+    request, block, row_shape, where
+):
+    client = request.getfixturevalue("threads_client") if where == "cluster" else None
+    shapes = [(4, *(row_shape if number == block else (3,))) for number in range(3)]
+    parts = [dask.delayed(np.ones)(shape, "f4") for shape in shapes]
+    lazy = da.concatenate([da.from_delayed(part, (np.nan, 3), dtype="f4") for part in parts])
+    text = rf"block {block} of X has shape {re.escape(str(shapes[block]))}, expected \(4, 3\)"
+    with pytest.raises(DataError, match=text):
+        aligned(client, X=lazy, y=Y[:12])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from torch import nn
 
+from dask_nn.data.blocks import as_array
 from dask_nn.data.cuts import one_chunk_per_row_block
-from dask_nn.data.row_blocks import aligned, as_array, per_block, shipped
+from dask_nn.data.row_blocks import aligned, per_block, shipped
 from dask_nn.errors import DataError
 
 MODEL = pickle.dumps(nn.Dropout())
@@ -85,7 +86,5 @@ def test_unknown_widths_are_found_where_the_rows_are_known() -> None:
 
 @pytest.mark.parametrize("dtype", ["longdouble", "complex128"])
 def test_numbers_that_no_batch_holds_are_refused(dtype) -> None:
-    with pytest.raises(
-        DataError, match=f"weight must hold numbers of at most 64 bits, got {np.dtype(dtype)}"
-    ):
+    with pytest.raises(DataError, match="at most 64 bits"):
         as_array("weight", np.ones(4, dtype))

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dask_nn.data.casts import check_cast
+from dask_nn.data.lengths import check_shape
 from dask_nn.data.memory import Needs
 from dask_nn.data.prefetch import Prefetcher
-from dask_nn.errors import DataError
 from dask_nn.grouping import group_of
 
 if TYPE_CHECKING:
@@ -169,16 +169,16 @@ def load_window(
 def _put(
     tensor: torch.Tensor, place: NDArray[np.int64], found: NDArray[Any], piece: Piece, name: str
 ) -> None:
-    expected = (len(place), *tensor.shape[1:])
-    if found.shape != expected:  # NumPy would repeat a single row without a word
-        message = (
-            f"block {piece.block} of {name} gave an array of shape {found.shape} for its rows "
-            f"{piece.start} to {piece.stop}, expected {expected}; is the chunk size that its Dask "
-            "array tells true?"
-        )
-        raise DataError(message)
+    what = f"block {piece.block} of {name}"
+    row_shape = tuple(tensor.shape[1:])
+    check_shape(
+        found.shape,
+        row_shape,
+        f"{what}, cut to rows {piece.start} to {piece.stop},",
+        length=len(place),
+    )
     stored = stored_dtype(tensor.dtype)
-    check_cast(found, stored, f"block {piece.block} of {name}")
+    check_cast(found, stored, what)
     if tensor.dtype == torch.bfloat16:  # unknown to NumPy
         tensor[torch.from_numpy(place)] = torch.from_numpy(found.astype(stored)).bfloat16()
     else:

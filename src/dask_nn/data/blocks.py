@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dask_nn.data.stream import Stream
 
-__all__ = ["Blocks", "Field", "align", "fields_of"]
+__all__ = ["Blocks", "Field", "align", "as_array", "fields_of"]
 
 NUMERIC_KINDS = "biuf"
 MAX_ITEM_BYTES = 8
@@ -140,9 +140,7 @@ def align(
         If lengths differ or cannot be found, there are no rows, a type is not numeric, sample
         weights are not one number a row, or a block cannot be computed.
     """
-    arrays = {name: _as_array(name, value) for name, value in inputs.items()}
-    for name, array in arrays.items():
-        _check_array(name, array)
+    arrays = {name: as_array(name, value) for name, value in inputs.items()}
     _check_lengths(arrays)
     lazy = {
         name: one_chunk_per_row_block(name, array)
@@ -235,6 +233,27 @@ def _streamed(arrays: dict[str, Any], client: Client | None, room: Room | None) 
     )
 
 
+def as_array(name: str, value: Any) -> Any:
+    """Read an input as a Dask array if it is one, else as a NumPy array.
+
+    Raises
+    ------
+    DataError
+        If it has no axis of rows, its type is not one of numbers that torch knows, or sample
+        weights are not one number a row.
+    """
+    if not isinstance(value, da.Array):
+        if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor
+            value = value.detach().cpu().numpy()
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            message = f"{name} cannot be read as an array: {error}"
+            raise DataError(message) from error
+    _check_array(name, value)
+    return value
+
+
 def fields_of(arrays: Mapping[str, Any]) -> tuple[Field, ...]:
     """Tell what arrays, by name, say of themselves; their number of rows may be unknown."""
     return tuple(
@@ -249,19 +268,6 @@ def _check_some(arrays: dict[str, Any]) -> int:
         message = f"there is nothing to train on: {', '.join(arrays)} have 0 rows"
         raise DataError(message)
     return num_samples
-
-
-def _as_array(name: str, value: Any) -> Any:
-    if isinstance(value, da.Array):
-        return value
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        message = f"{name} cannot be read as an array: {error}"
-        raise DataError(message) from error
-    return array
 
 
 def _check_array(name: str, array: Any) -> None:

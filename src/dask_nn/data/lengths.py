@@ -1,7 +1,8 @@
-"""Blocks that have other lengths than was said when the data was looked at."""
+"""Blocks that have other lengths or shapes than was said when the data was looked at."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from dask_nn.errors import DataError
@@ -9,7 +10,7 @@ from dask_nn.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["check_row_shape", "check_rows"]
+__all__ = ["check_rows", "check_shape"]
 
 
 def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: Sequence[str]) -> None:
@@ -43,29 +44,33 @@ def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: Sequence[s
             raise DataError(message)
 
 
-def check_row_shape(block: int, shape: Sequence[int], expected: Sequence[int], *, of: str) -> None:
-    """Check that the rows of a block have the shape that was told: others may well broadcast.
+def check_shape(
+    found: tuple[int, ...], row_shape: tuple[int, ...], what: str, *, length: float = math.nan
+) -> None:
+    """Check that an array has the shape that was said: another one may broadcast without a word.
 
     Parameters
     ----------
-    block : int
-        Its number.
-    shape : sequence of int
-        Of its array.
-    expected : sequence of int
-        The shape of a row.
-    of : str
-        The name of the field.
+    found : tuple of int
+        Its shape.
+    row_shape : tuple of int
+        The shape that its rows should have.
+    what : str
+        How the error calls it, such as by its block and field.
+    length : float
+        The rows that it should have; NaN where nobody knows.
 
     Raises
     ------
     DataError
-        If they have another.
+        If it has another one.
     """
-    if not shape or tuple(shape[1:]) != tuple(expected):
+    known = not math.isnan(length)
+    rows = int(length) if known else found[0] if found else -1
+    if found != (rows, *row_shape):
+        expected = str((rows, *row_shape)) if known else f"rows of shape {row_shape}"
         message = (
-            f"block {block} of {of} has shape {tuple(shape)}, expected rows of shape "
-            f"{tuple(expected)}; "
-            "is the shape that its Dask array tells true?"
+            f"{what} has shape {found}, expected {expected}; is the shape that its Dask array "
+            "tells true, and are Delayed parts alike?"
         )
         raise DataError(message)

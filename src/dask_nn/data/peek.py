@@ -12,6 +12,7 @@ from distributed import Future
 
 from dask_nn.data.casts import cast, find_misfit
 from dask_nn.data.finite import check_found, not_finite
+from dask_nn.data.lengths import check_shape
 from dask_nn.data.problem import Problem, this_worker
 from dask_nn.data.reader import with_retries
 from dask_nn.data.sending import gather
@@ -85,16 +86,11 @@ def sample(blocks: Blocks, rows: int, *, client: Client | None) -> tuple[Array, 
         [_numbers(head, field, number) for head, field in zip(arrays, blocks.fields, strict=True)]
         for (number, _), arrays in zip(takes, heads, strict=True)
     ]
-    columns = [np.concatenate(column) for column in zip(*heads, strict=True)]
-    for field, column in zip(blocks.fields, columns, strict=True):
-        expected = (sum(take for _, take in takes), *field.shape)
-        if column.shape != expected:
-            message = (
-                f"the first rows of {field.name} have shape {column.shape}, expected {expected}; "
-                "is the chunk size that its Dask array tells true?"
-            )
-            raise DataError(message)
-    return tuple(columns)
+    for (number, take), arrays in zip(takes, heads, strict=True):
+        for field, head in zip(blocks.fields, arrays, strict=True):
+            what = f"block {number} of {field.name}, cut to its first rows,"
+            check_shape(head.shape, field.shape, what, length=take)
+    return tuple(np.concatenate(column) for column in zip(*heads, strict=True))
 
 
 def label_range(blocks: Blocks, *, ignore: int, place: int, client: Client | None) -> LabelRange:

@@ -15,7 +15,7 @@ from dask.core import flatten
 from distributed.client import futures_of
 
 from dask_nn.data.cuts import cut_rows
-from dask_nn.data.lengths import check_rows
+from dask_nn.data.lengths import check_rows, check_shape
 from dask_nn.data.problem import Problem, TaskLog, find_problem
 from dask_nn.data.sending import send, wait_while_able
 from dask_nn.errors import DataError
@@ -65,18 +65,62 @@ def _wait(client: Client, arrays: dict[str, da.Array]) -> None:
 
 
 def resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Array:
-    """Find the lengths of an array's blocks where they are unknown."""
-    if any(np.isnan(length) for chunks in array.chunks for length in chunks):
-        try:
-            with contextlib.nullcontext() if client is None else client.as_current():
-                array.compute_chunk_sizes()
-        except Exception as error:
-            message = (
-                f"the chunk sizes of {name} are unknown and could not be computed: {error!r}; "
-                "call compute_chunk_sizes() on it to see where"
-            )
-            raise DataError(message) from error
-    return array
+    """Find the lengths of an array's blocks where they are unknown, computing each of them once.
+
+    Parameters
+    ----------
+    name : str
+        What it is, for errors.
+    array : Array
+        Is itself left as it is.
+    client : Client or None
+        Computes them; what Dask uses by default if None.
+
+    Raises
+    ------
+    DataError
+        If a block cannot be computed, or is not like the others; names that one.
+    """
+    if not any(np.isnan(length) for chunks in array.chunks for length in chunks):
+        return array
+    one_each = tuple((1,) * number for number in array.numblocks)
+    like = np.empty((0,) * array.ndim, object)
+    try:
+        with contextlib.nullcontext() if client is None else client.as_current():
+            shapes = da.map_blocks(
+                _shape, array, array.ndim, chunks=one_each, meta=like, dtype=object
+            ).compute()
+    except Exception as error:
+        message = (
+            f"the chunk sizes of {name} are unknown and could not be computed: {error!r}; "
+            "call compute_chunk_sizes() on it to see where"
+        )
+        raise DataError(message) from error
+    chunks = tuple(
+        tuple(
+            _length(shapes, axis, number) if np.isnan(told) else int(told)
+            for number, told in enumerate(column)
+        )
+        for axis, column in enumerate(array.chunks)
+    )
+    for index in np.ndindex(shapes.shape):
+        length, *row_shape = (chunks[axis][number] for axis, number in enumerate(index))
+        check_shape(shapes[index], tuple(row_shape), f"block {index[0]} of {name}", length=length)
+    return da.Array(array.dask, array.name, chunks, meta=array)
+
+
+def _shape(block: Any, ndim: int) -> np.ndarray[Any, Any]:
+    found = np.empty((1,) * ndim, object)
+    found[(0,) * ndim] = np.shape(block)
+    return found
+
+
+def _length(shapes: np.ndarray[Any, Any], axis: int, number: int) -> float:
+    """Give the length that the first block along other axes has; NaN if it has no such axis."""
+    index = [0] * shapes.ndim
+    index[axis] = number
+    shape = shapes[tuple(index)]
+    return shape[axis] if axis < len(shape) else np.nan
 
 
 def place(

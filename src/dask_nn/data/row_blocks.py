@@ -13,10 +13,12 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 
 from dask_nn.data.batches import batch_dtypes, stored_dtype
-from dask_nn.data.blocks import MAX_ITEM_BYTES, NUMERIC_KINDS, fields_of
+from dask_nn.data.blocks import fields_of
 from dask_nn.data.casts import cast, check_cast
 from dask_nn.data.cuts import ToldRows, check_width, cut_rows, one_chunk_per_row_block
 from dask_nn.data.inputs.frames import Indexed
+from dask_nn.data.lengths import check_shape
+from dask_nn.data.resident import resolve_lengths
 from dask_nn.errors import DaskNNError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "aligned",
-    "as_array",
     "as_told",
     "check_finite",
     "check_lengths",
@@ -38,33 +39,12 @@ __all__ = [
 ]
 
 
-def as_array(name: str, value: Any) -> Any:
-    """Read an input as a Dask array if it is one, else as a NumPy array.
-
-    Raises
-    ------
-    DataError
-        If it has no rows' axis or does not hold numbers.
-    """
-    if not isinstance(value, da.Array):
-        if hasattr(value, "detach"):  # a torch tensor
-            value = value.detach().cpu().numpy()
-        try:
-            value = np.asarray(value)
-        except ValueError as error:
-            raise DataError(f"{name} cannot be read as an array: {error}") from error
-    if value.dtype.kind not in NUMERIC_KINDS or value.dtype.itemsize > MAX_ITEM_BYTES:
-        raise DataError(f"{name} must hold numbers of at most 64 bits, got {value.dtype}")
-    if value.ndim == 0:
-        raise DataError(f"{name} must have an axis of rows, got a single number")
-    return value
-
-
 def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[da.Array]:
     """Give all inputs the row chunks of one of them, and one chunk along other axes.
 
     Inputs of unknown lengths that have the same number of chunks are taken to be aligned, which
-    `as_told` makes sure of in every block; else their lengths are computed.
+    `as_told` makes sure of in every block; else their lengths are computed. So are unknown lengths
+    of other axes where the number of rows is known.
 
     Parameters
     ----------
@@ -76,8 +56,8 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     Raises
     ------
     DataError
-        If they differ in length, have no rows, or an unknown length cannot be computed; if the
-        length of another axis is unknown, too, where that of the rows is.
+        If they differ in length, have no rows, or an unknown length cannot be computed; and, before
+        anything is computed, if neither the rows nor another axis of one have a known length.
     """
     for name, array in arrays.items():
         if np.isnan(array.shape[0]):
@@ -87,7 +67,10 @@ def aligned(arrays: Mapping[str, Any], *, reference: str | None = None) -> list[
     same = len({array.numblocks[0] for array in lazy}) == 1
     if all(unknown) and same and len(lazy) == len(arrays):
         return [one_chunk_per_row_block(name, array) for name, array in arrays.items()]
-    resolved = {name: _with_lengths(name, array) for name, array in arrays.items()}
+    resolved = {
+        name: resolve_lengths(name, array, None) if _is_lazy(array) else array
+        for name, array in arrays.items()
+    }
     if not check_lengths(resolved):
         raise DataError(f"there is nothing to compute: {', '.join(arrays)} have 0 rows")
     reference = reference or next(name for name, array in arrays.items() if _is_lazy(array))
@@ -141,19 +124,6 @@ def check_finite(name: str, rows: np.ndarray[Any, Any]) -> None:
             f"{name} has {int(bad.sum())} rows with values that are missing (NaN) or infinite, the "
             f"first is row {int(bad.argmax())}; drop or fill them"
         )
-
-
-def _with_lengths(name: str, array: Any) -> Any:
-    """Find the unknown chunk sizes of a copy of a Dask array, which costs computing it once."""
-    if not isinstance(array, da.Array) or not any(np.isnan(length) for length in array.shape):
-        return array
-    copied = da.Array(array.dask, array.name, array.chunks, meta=array)
-    try:
-        return copied.compute_chunk_sizes()
-    except Exception as error:
-        raise DataError(
-            f"the chunk sizes of {name} are unknown and cannot be computed: {error}"
-        ) from error
 
 
 def shipped(model: bytes, *parts: bytes) -> Delayed:
@@ -295,13 +265,7 @@ def as_told(
     """
     found = []
     for field, dtype, block in zip(fields, batch_dtypes(fields, floating), blocks, strict=True):
-        shape = tuple(block.shape)
-        expected = (*(shape[:1] if np.isnan(length) else [int(length)]), *field.shape)
-        if shape != expected:
-            raise DataError(
-                f"{field.name} has shape {shape}, expected {expected}; is the chunk size that its "
-                "Dask array tells true?"
-            )
+        check_shape(tuple(block.shape), field.shape, field.name, length=length)
         found.append(block if isinstance(block, Indexed) else _of_type(field, dtype, block))
     check_lengths({field.name: block for field, block in zip(fields, found, strict=True)})
     return found

@@ -18,7 +18,7 @@ from distributed.client import futures_of
 from dask_nn.data.casts import join
 from dask_nn.data.cuts import check_width, cut_rows
 from dask_nn.data.finite import check_found, not_finite
-from dask_nn.data.lengths import check_row_shape, check_rows
+from dask_nn.data.lengths import check_rows, check_shape
 from dask_nn.data.problem import Problem, TaskLog, find_problem
 from dask_nn.data.recipes import inseparable, origin, split_source, write_recipes
 from dask_nn.data.sending import gather, wait_while_able
@@ -270,7 +270,7 @@ def _check_shapes(
     for block, (columns, length) in enumerate(zip(found, lengths, strict=True)):
         check_rows(block, columns, length, of=list(told))
         for (name, array), column in zip(told.items(), columns, strict=True):
-            check_row_shape(block, column.shape, array.shape[1:], of=name)
+            check_shape(column.shape, array.shape[1:], f"block {block} of {name}")
 
 
 def _values(columns: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -303,7 +303,7 @@ def _lengths(
     for block, shapes in enumerate(found):
         rows = shapes[0][0] if shapes[0] else 0
         for (name, array), shape in zip(lazy.items(), shapes, strict=True):
-            check_row_shape(block, shape, array.shape[1:], of=name)
+            check_shape(shape, array.shape[1:], f"block {block} of {name}")
             if shape[0] != rows:
                 message = (
                     f"block {block} of {name} has {shape[0]} rows, but that of "

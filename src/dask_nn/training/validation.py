@@ -11,7 +11,7 @@ from torch import nn
 from dask_nn.collectives.tree import shard_range
 from dask_nn.data.batches import stored_dtype
 from dask_nn.data.casts import check_cast
-from dask_nn.data.lengths import check_row_shape
+from dask_nn.data.lengths import check_shape
 from dask_nn.data.problem import of_validation_data
 from dask_nn.metrics.merge import compute, merge_named
 from dask_nn.training.randomness import SeededRandomness
@@ -129,7 +129,7 @@ def evaluate_block(
     dtypes : sequence of torch.dtype
         Types in which model and loss see them.
     spec : TrainingSpec
-        Its fields, metrics and transform.
+        Its fields, validation lengths, metrics and transform.
     objective : Objective
         The loss.
     randomness : SeededRandomness
@@ -140,13 +140,14 @@ def evaluate_block(
     Raises
     ------
     DataError
-        If the block's rows have another shape, or values that its type cannot hold.
+        If the block has another shape than was said, or values that its type cannot hold.
     """
     from dask_nn.metrics.block import block_partials
 
     for field, array, dtype in zip(spec.fields, arrays, dtypes, strict=True):
-        check_row_shape(block, array.shape, field.shape, of=field.name)
-        check_cast(array, stored_dtype(dtype), f"block {block} of {field.name}")
+        what = f"block {block} of {field.name}"
+        check_shape(array.shape, field.shape, what, length=spec.validation_lengths[block])
+        check_cast(array, stored_dtype(dtype), what)
 
     def evaluate(_: bool) -> dict[str, Partial]:
         tensors = [
