@@ -438,3 +438,58 @@ def test_missing_values_among_objects_of_validation_data_are_found(memory, where
     said = rf"validation data: {field} has 1 values that are missing"
     with pytest.raises(DataError, match=said):
         weights_of(X, ones, ones, validation=(X, *columns.values()), memory=memory, **where)
+
+
+def unknown(array: da.Array) -> da.Array:
+    """Give an array whose lengths nobody knows."""
+    chunks = ((np.nan,) * array.numblocks[0], *array.chunks[1:])
+    return da.Array(array.dask, array.name, chunks, meta=array)
+
+
+def squared_errors(output: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+    return nn.functional.mse_loss(output[:, 0], target.float(), reduction=reduction)
+
+
+FIVE = r"{} has 1 values that are missing .*, the first in row 5, in block 1; drop"
+UNLIKE = r"block 1 of {} has type object, expected {} .* the value {}"
+LABEL = f"({UNLIKE.format('y', 'int64', 'None')}|{FIVE.format('y')})"
+# What is missing or unlike the type that is told, and what is said of it.
+HOLES = {
+    "a target": ("y", "f4", [0.5, None, 1.0, 0.0], FIVE.format("y")),
+    "a label": ("y", "i8", [1, None, 1, 0], LABEL),
+    "a weight": ("sample_weight", "f4", [0.5, None, 1.0, 1.0], FIVE.format("sample_weight")),
+    "a whole weight": ("sample_weight", "i8", [1, None, 1, 1], FIVE.format("sample_weight")),
+    "text": ("y", "f4", [0.5, "2", 3, 4], UNLIKE.format("y", "float32", "'2'")),
+}
+
+
+@pytest.mark.parametrize("of", ["training", "validation"])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize(("name", "dtype", "values", "said"), HOLES.values(), ids=HOLES)
+@in_memory
+def test_objects_among_targets_and_weights_are_looked_at_before_the_first_step(
+    memory, anywhere, name, dtype, values, said, known, of
+):
+    fine = {
+        "X": da.zeros((8, 1), chunks=(4, 1), dtype="f4"),
+        "y": told(dtype if name == "y" else "f4", [1] * 4, [1] * 4),
+        "sample_weight": told("f4", [1] * 4, [1] * 4),
+    }
+    wrong = fine | {name: told(dtype, [1] * 4, np.array(values, object))}
+    if not known:
+        fine, wrong = ({key: unknown(data[key]) for key in data} for data in (fine, wrong))
+    train_on, validation = (wrong, fine) if of == "training" else (fine, wrong)
+    begin = "" if of == "training" else "validation data: "
+    # A rank looks at the labels of validation data, unless a classifier's loss did before.
+    with pytest.raises((DataError, RankFailed), match=begin + said):
+        dask_nn.train(
+            nn.Linear(1, 1),
+            **train_on,
+            validation=tuple(validation.values()),
+            loss=squared_errors,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            batch_size=8,
+            epochs=1,
+            memory=memory,
+            strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
+        )

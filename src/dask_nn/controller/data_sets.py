@@ -9,6 +9,7 @@ import psutil
 from dask_nn.controller.block_fetch import CACHE_SHARE
 from dask_nn.data.batches import needs_of
 from dask_nn.data.blocks import Blocks, align
+from dask_nn.data.casts import joined_dtype
 from dask_nn.data.inputs.parts import delayed_parts
 from dask_nn.data.inputs.read import is_name, read_inputs
 from dask_nn.data.memory import HELD_SHARE, Room, choose_loaders, fit_window
@@ -199,5 +200,6 @@ def check_targets(blocks: Blocks, client: Client | None) -> None:
     """Refuse targets and weights that are no numbers."""
     for place, field in enumerate(blocks.fields):
         checked = blocks.stream is not None and place in blocks.stream.finite
-        if group_of(field.name) != "X" and field.dtype.kind == "f" and not checked:
+        floating = joined_dtype(field.name, field.dtype).kind == "f"
+        if group_of(field.name) != "X" and floating and not checked:
             check_finite(blocks, place=place, client=client)

@@ -38,12 +38,12 @@ def check_found(found: Sequence[tuple[int, int]], lengths: Sequence[int], name: 
         If there is such a value; names the field and the first such row.
     """
     start = 0
-    for length, (count, first) in zip(lengths, found, strict=True):
+    for block, (length, (count, first)) in enumerate(zip(lengths, found, strict=True)):
         if count:
             total = sum(number for number, _ in found)
             message = (
                 f"{name} has {total} values that are missing (NaN) or infinite, the first in row "
-                f"{start + first}; drop or fill those rows"
+                f"{start + first}, in block {block}; drop or fill those rows"
             )
             raise DataError(message)
         start += length

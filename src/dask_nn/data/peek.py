@@ -10,7 +10,7 @@ import cloudpickle
 import numpy as np
 from distributed import Future
 
-from dask_nn.data.casts import cast, find_misfit
+from dask_nn.data.casts import find_misfit, joined
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_shape
 from dask_nn.data.problem import Problem, this_worker
@@ -223,10 +223,11 @@ def _head(array: Array, rows: int) -> Array:
 
 
 def _numbers(head: Array, field: Field, block: int) -> Array:
-    """Give rows as numbers; those of objects in the type of their field."""
+    """Give rows as numbers; those of objects in a type that holds what a batch holds."""
     if head.dtype.kind in "biuf":
         return head
-    return cast(head, field.dtype.newbyteorder("="), f"block {block} of {field.name}")
+    what = f"block {block} of {field.name}"
+    return joined(head, field.dtype.newbyteorder("="), field.name, what)
 
 
 def _first(function: Callable[[Array], Any], columns: tuple[Array, ...]) -> Any:
