@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dask_nn.data import casts
 from dask_nn.data.batches import load_window, new_rows
 from dask_nn.data.blocks import Field
-from dask_nn.data.casts import check_cast
+from dask_nn.data.casts import cast, check_cast
 from dask_nn.data.inputs.frames import read_frame
 from dask_nn.data.plan import Piece, Window
 from dask_nn.data.reader import MemoryReader
@@ -87,6 +88,51 @@ def test_values_that_would_change_are_refused_with_both_types(found, dtype, valu
     said = f"it has type {found.dtype}, expected {np.dtype(dtype)} .* the value {value}, which"
     with pytest.raises(DataError, match=said.replace("[s]", r"\[s\]")):
         check_cast(found, np.dtype(dtype), "it")
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "advice"),
+    [
+        (np.array([1.0, NAN]), "i8", "fill the missing values"),
+        (np.array([1, None], object), "i8", "fill the missing values"),
+        (np.array([1, pd.NA], object), "i8", "fill the missing values"),
+        (np.array([1, pd.NA], object), "f8", "fill the missing values"),
+        (np.array([1, pd.NaT], object), "f8", "fill the missing values"),
+        (np.array(["NaT"], "M8[s]"), "i8", "fill the missing values"),
+        (np.array([1, Decimal("sNaN")], object), "i8", "give all blocks a type that holds"),
+        (np.array([1, 300]), "u1", "give all blocks a type that holds"),
+        (np.array([7.9]), "u1", "give all blocks a type that holds"),
+        (np.array([np.inf]), "i8", "give all blocks a type that holds"),
+        (np.array([1, 10**400], object), "f8", "give all blocks a type that holds"),
+        (np.array(["7"]), "f4", "make numbers of such values"),
+        (np.array([1.5, "7"], object), "f8", "make numbers of such values"),
+        (np.array([1, np.timedelta64(3, "s")], object), "f8", "make numbers of such values"),
+        (np.array(["2024-01-01"], "M8[s]"), "i8", "make numbers of such values"),
+        (np.array([1, np.array([3, 4])], object), "i8", "make numbers of such values"),
+    ],
+)
+def test_what_is_advised_fits_the_value(found, dtype, advice):
+    with pytest.raises(DataError, match=f"which that type cannot hold: {advice}"):
+        check_cast(found, np.dtype(dtype), "it")
+
+
+def test_objects_are_not_looked_at_one_by_one_where_all_of_them_are_floats(monkeypatch):
+    seen = []
+    fits = casts._fits
+    monkeypatch.setattr(
+        casts, "_fits", lambda value, dtype: seen.append(value) or fits(value, dtype)
+    )
+    many = [0.5, None, 3, np.float32(1), Decimal("0.1"), Fraction(1, 3), np.True_, NAN] * 1000
+    check_cast(np.array(many, object), np.dtype("f4"), "it")
+    assert not seen
+    with pytest.raises(DataError, match="the value '7'"):
+        check_cast(np.array([*many, "7"], object), np.dtype("f4"), "it")
+    assert seen[-1] == "7"
+
+
+def test_a_float_too_large_for_the_type_becomes_infinite_without_a_warning():
+    with warnings.catch_warnings(action="error"):
+        assert cast(np.array([1e300]), np.dtype("f4"), "it").tolist() == [np.inf]
 
 
 @pytest.mark.parametrize("stored", ["u1", "i8", "?"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 from decimal import Decimal
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["cast", "check_cast", "find_misfit", "join", "joined", "joined_dtype"]
 
-# Objects that NumPy makes floats of as Python does.
-PLAIN = frozenset({float, int, bool, NoneType})
 # Longer values are cut off where an error shows them.
 SHOWN_LETTERS = 80
 
@@ -156,13 +152,11 @@ def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any 
         return ""
     if not found.size:  # pandas gives a type to columns of no rows, too
         return ""
+    if code == "O" and dtype.kind == "f" and _are_floats(found):
+        return ""
     same = np.zeros(found.shape, bool)
     with np.errstate(all="ignore"):
         if code == "O":
-            if dtype.kind == "f" and set(map(type, found.flat)) <= PLAIN:
-                with contextlib.suppress(OverflowError):
-                    found.astype(np.float64)
-                    return ""
             same.flat = [_fits(value, dtype) for value in found.flat]
         elif code in "biuf":
             same = found.astype(dtype) == found
@@ -171,24 +165,26 @@ def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any 
     value = found.flat[int(same.argmin())]
     return (
         f"has type {found.dtype if kind is None else kind}, expected {dtype} in all blocks, and "
-        f"the value {_shown(value)}, which that type cannot hold: {_remedy(value)} where the data "
-        "is made"
+        f"the value {_shown(value)}, which that type cannot hold: {_advice(value)}"
     )
 
 
-def _remedy(value: Any) -> str:
-    if value is None or (isinstance(value, numbers.Real) and value != value):  # noqa: PLR0124
-        return "fill the missing values (they make floats of integers)"
-    return "give it one type"
+def _are_floats(found: np.ndarray[Any, Any]) -> bool:
+    """Tell whether floats can be made of all objects, which are not looked at one by one."""
+    if not all(kind is type(None) or _is_number(kind) for kind in set(map(type, found.flat))):
+        return False
+    try:
+        with np.errstate(all="ignore"):
+            found.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _fits(value: Any, dtype: np.dtype[Any]) -> bool:
     if value is None:
         return dtype.kind == "f"
-    # Python would read text as numbers. NumPy's durations pass for integers.
-    if not isinstance(value, numbers.Real | Decimal | np.bool_) or isinstance(
-        value, np.timedelta64
-    ):
+    if not _is_number(type(value)):
         return False
     try:
         if dtype.kind == "f":
@@ -196,6 +192,31 @@ def _fits(value: Any, dtype: np.dtype[Any]) -> bool:
             return True
         return bool(dtype.type(value) == value)
     except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_number(kind: type) -> bool:
+    """Tell which objects are numbers: Python would read text as such, and NumPy durations."""
+    return issubclass(kind, numbers.Real | Decimal | np.bool_) and not issubclass(
+        kind, np.timedelta64
+    )
+
+
+def _advice(value: Any) -> str:
+    if _is_missing(value):
+        return "fill the missing values where the data is made (they make floats of integers)"
+    if not _is_number(type(value)):
+        return "make numbers of such values where the data is made, or leave them out"
+    return "give all blocks a type that holds their values where the data is made"
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell whether a value is None, NaN, NaT or NA of pandas."""
+    try:
+        return value is None or bool(value != value)  # noqa: PLR0124 - as NaN does
+    except TypeError:  # NA itself does not know
+        return True
+    except (ValueError, ArithmeticError):
         return False
 
 
