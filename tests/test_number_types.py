@@ -314,6 +314,27 @@ no_label = pytest.mark.parametrize("kind", ["missing", "broken", "text"])
 
 
 @no_label
+def test_evaluate_names_a_block_that_is_cut_and_its_field(anywhere, kind):
+    dtype, values, found, value = UNFIT[kind]
+    X, y = da.zeros((8, 1), dtype="f4", chunks=(2, 1)), told(dtype, np.array(LABELS, dtype), values)
+    with pytest.raises(DataError, match=refusal("i8", found, value, JOINED.format("y"))):
+        dask_nn.evaluate(nn.Linear(1, 50), X, y, metrics=["accuracy"])
+
+
+def test_evaluate_names_what_several_blocks_need_and_cannot_be_computed(anywhere):
+    def broken(block: Any, block_info: Any = None) -> Any:
+        if block_info[0]["chunk-location"] == (1,):
+            raise KeyError("lost")
+        return block
+
+    X, y = da.zeros((8, 1), dtype="f4", chunks=(2, 1)), da.zeros(8, chunks=4, dtype="i8")
+    y = y.map_blocks(broken, dtype="i8", meta=np.empty(0, "i8"))
+    said = "^block 1 of '.*', which several blocks need, could not be computed.*: KeyError: 'lost'"
+    with pytest.raises(DataError, match=said):
+        dask_nn.evaluate(nn.Linear(1, 50), X, y, metrics=["accuracy"])
+
+
+@no_label
 def test_evaluate_looks_at_labels_before_they_are_joined(anywhere, kind):
     dtype, values, found, value = UNFIT[kind]
     X, y = da.zeros((8, 1), dtype="f4", chunks=(8, 1)), told(dtype, np.array(LABELS, dtype), values)

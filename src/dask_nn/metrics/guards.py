@@ -12,7 +12,7 @@ import dask.array as da
 from dask._task_spec import Alias, GraphNode, Task, convert_legacy_graph
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
-from dask.utils import ensure_dict
+from dask.utils import ensure_dict, key_split
 from distributed import Future, Reschedule, get_worker
 
 from dask_nn.errors import DaskNNError, DataError
@@ -99,20 +99,30 @@ class _Guarded:
 
     def _named(self, error: Exception, often: str = "") -> DaskNNError:
         """Make an error that says what could not be computed, and where."""
-        what = "what several blocks need" if self.block == _SEVERAL else f"block {self.block}"
         address = _address()
         where = f" on worker {address}" if address else ""
-        text = f"{what} could not be computed{where}{often}: "
+        text = f"{self._what()} could not be computed{where}{often}: "
         cause: BaseException | None = error
         kind: type[DaskNNError] = DataError
         if isinstance(error, DaskNNError):
-            text += str(error)
             kind, cause = type(error), error.__cause__
+            if self.block == _SEVERAL and str(error).startswith("block "):
+                # One that is cut: its error names it, as it was given, and its field.
+                text = f"{error} (found{where})" if where else str(error)
+            else:
+                text += str(error)
         else:
             text += f"{type(error).__name__}: {error}"
         if cause is not None and address:  # causes do not travel
             text += f"\n{''.join(traceback.format_exception(cause))}"
         return kind(text)
+
+    def _what(self) -> str:
+        if self.block != _SEVERAL:
+            return f"block {self.block}"
+        key = self.node.key
+        number = f"block {key[1]} of " if isinstance(key, tuple) else ""
+        return f"{number}{key_split(key)!r}, which several blocks need,"
 
 
 def _guard(node: GraphNode, owner: int, pauses_s: tuple[float, ...]) -> GraphNode:
