@@ -47,9 +47,9 @@ class Stream:
     names : tuple of str
         Of all fields, by position.
     places : tuple of int
-        Which fields those are, by position.
+        The positions of the streamed fields, in the order in which a recipe gives them.
     kept : dict of int to ndarray
-        Whole columns of the other fields, small ones, by position.
+        Whole columns of all other fields, which are small, by position.
     lengths : tuple of int
         Rows of each block.
     shared : tuple
