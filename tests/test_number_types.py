@@ -489,7 +489,7 @@ HOLES = {
 @pytest.mark.parametrize(("name", "dtype", "values", "said"), HOLES.values(), ids=HOLES)
 @in_memory
 def test_objects_among_targets_and_weights_are_looked_at_before_the_first_step(
-    memory, anywhere, name, dtype, values, said, known, of
+    memory, name, dtype, values, said, known, of
 ):
     fine = {
         "X": da.zeros((8, 1), chunks=(4, 1), dtype="f4"),
@@ -512,5 +512,6 @@ def test_objects_among_targets_and_weights_are_looked_at_before_the_first_step(
             batch_size=8,
             epochs=1,
             memory=memory,
+            client=None,
             strategy=dask_nn.Synchronous(shards=1, threads_per_rank=1),
         )
