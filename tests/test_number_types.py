@@ -313,14 +313,6 @@ JOINED = r"block 1 of {} as it was given"
 no_label = pytest.mark.parametrize("kind", ["missing", "broken", "text"])
 
 
-@no_label
-def test_evaluate_names_a_block_that_is_cut_and_its_field(anywhere, kind):
-    dtype, values, found, value = UNFIT[kind]
-    X, y = da.zeros((8, 1), dtype="f4", chunks=(2, 1)), told(dtype, np.array(LABELS, dtype), values)
-    with pytest.raises(DataError, match=refusal("i8", found, value, JOINED.format("y"))):
-        dask_nn.evaluate(nn.Linear(1, 50), X, y, metrics=["accuracy"])
-
-
 def test_evaluate_names_what_several_blocks_need_and_cannot_be_computed(anywhere):
     def broken(block: Any, block_info: Any = None) -> Any:
         if block_info[0]["chunk-location"] == (1,):
@@ -335,9 +327,11 @@ def test_evaluate_names_what_several_blocks_need_and_cannot_be_computed(anywhere
 
 
 @no_label
-def test_evaluate_looks_at_labels_before_they_are_joined(anywhere, kind):
+@pytest.mark.parametrize("rows", [2, 8], ids=["cut", "joined"])
+def test_evaluate_looks_at_labels_before_they_are_cut_or_joined(anywhere, kind, rows):
     dtype, values, found, value = UNFIT[kind]
-    X, y = da.zeros((8, 1), dtype="f4", chunks=(8, 1)), told(dtype, np.array(LABELS, dtype), values)
+    X = da.zeros((8, 1), dtype="f4", chunks=(rows, 1))
+    y = told(dtype, np.array(LABELS, dtype), values)
     with pytest.raises(DataError, match=refusal("i8", found, value, JOINED.format("y"))):
         dask_nn.evaluate(nn.Linear(1, 50), X, y, metrics=["accuracy"])
 

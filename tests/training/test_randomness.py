@@ -19,19 +19,20 @@ from dask_nn.training.randomness import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 
 @contextmanager
-def another_user() -> Iterator[None]:
-    """Do as if another rank were a thread of this process, between two steps."""
+def in_a_thread(make: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Let another thread be inside a context."""
     inside, leave = threading.Event(), threading.Event()
 
-    def use() -> None:
-        with restored_generator():
+    def stay() -> None:
+        with make():
             inside.set()
             leave.wait()
 
-    thread = threading.Thread(target=use)
+    thread = threading.Thread(target=stay)
     thread.start()
     try:
         assert inside.wait(5)
@@ -39,6 +40,11 @@ def another_user() -> Iterator[None]:
     finally:
         leave.set()
         thread.join()
+
+
+def another_user() -> AbstractContextManager[None]:
+    """Do as if another rank were a thread of this process, between two steps."""
+    return in_a_thread(restored_generator)
 
 
 def drawn(_: bool = False) -> torch.Tensor:
@@ -152,6 +158,7 @@ def test_functions_that_draw_nothing_run_side_by_side():
             randomness = SeededRandomness(7)
             meeting.wait()  # both are users now
             randomness.run(quiet, 0, 0)
+            meeting.wait()  # both are known to draw nothing: to find out, each was alone
             return randomness.run(lambda _: meeting.wait(), 1, 0)
 
     with ThreadPoolExecutor(2) as pool:
@@ -184,26 +191,6 @@ def test_overlapping_users_give_the_process_its_state_back():
     assert torch.equal(torch.default_generator.get_state(), before)
 
 
-@contextmanager
-def taken() -> Iterator[None]:
-    """Let another thread have the generator."""
-    inside, leave = threading.Event(), threading.Event()
-
-    def have() -> None:
-        with own_generator():
-            inside.set()
-            leave.wait()
-
-    thread = threading.Thread(target=have)
-    thread.start()
-    try:
-        assert inside.wait(5)
-        yield
-    finally:
-        leave.set()
-        thread.join()
-
-
 def abort() -> None:
     message = "told to end"
     raise Aborted(message)
@@ -215,7 +202,7 @@ def impatient() -> Callable[[], None]:
 
 @pytest.mark.parametrize(("waiting", "error"), [(abort, Aborted), (impatient(), DaskNNError)])
 def test_whoever_waits_may_stop_waiting_and_is_in_nobodys_way(waiting, error):
-    with taken():
+    with in_a_thread(own_generator):
         with pytest.raises(error):
             SeededRandomness(7, waiting=waiting).run(quiet, 0, 0)
         with pytest.raises(error), own_generator(waiting):

@@ -14,7 +14,7 @@ from dask_nn.grouping import group_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["cast", "check_cast", "find_misfit", "join", "joined", "joined_dtype"]
+__all__ = ["cast", "check_cast", "find_misfit", "join", "joinable", "joined_dtype"]
 
 # Longer values are cut off where an error shows them.
 SHOWN_LETTERS = 80
@@ -84,7 +84,7 @@ def joined_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.int64) if group == "y" and dtype.kind in "iu" else dtype
 
 
-def joined(
+def joinable(
     found: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str, what: str
 ) -> np.ndarray[Any, Any]:
     """Give a block as it may be joined with others of its field.
@@ -135,14 +135,12 @@ def join(
     DataError
         If a value has no equal in the type; names its block.
     """
-    whole = joined_dtype(name, dtype)
-    said = dtype if dtype.kind == "f" else whole
-    for number, block in enumerate(blocks):
-        check_cast(block, said, f"block {number} of {name}")
-    types = {block.dtype for block in blocks}
-    if len(types) > 1 or any(one.kind not in "biuf" for one in types):
-        blocks = [block.astype(whole, copy=False) for block in blocks]
-    return np.concatenate(blocks)
+    return np.concatenate(
+        [
+            joinable(block, dtype, name, f"block {number} of {name}")
+            for number, block in enumerate(blocks)
+        ]
+    )
 
 
 def find_misfit(found: np.ndarray[Any, Any], dtype: np.dtype[Any], *, kind: Any = None) -> str:

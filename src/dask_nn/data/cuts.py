@@ -14,7 +14,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.layers import ArrayBlockwiseDep
 from dask.utils import key_split
 
-from dask_nn.data.casts import joined
+from dask_nn.data.casts import joinable
 from dask_nn.data.lengths import check_rows
 from dask_nn.errors import DataError
 
@@ -156,4 +156,4 @@ def _checked(
     block, of = np.asarray(block), f"{name} as it was given"
     if not np.isnan(length):
         check_rows(number, (block,), int(length), of=(of,))
-    return joined(block, dtype, name, f"block {number} of {of}")
+    return joinable(block, dtype, name, f"block {number} of {of}")

@@ -10,7 +10,7 @@ import cloudpickle
 import numpy as np
 from distributed import Future
 
-from dask_nn.data.casts import find_misfit, joined
+from dask_nn.data.casts import find_misfit, joinable
 from dask_nn.data.finite import check_found, not_finite
 from dask_nn.data.lengths import check_shape
 from dask_nn.data.problem import Problem, this_worker
@@ -227,7 +227,7 @@ def _numbers(head: Array, field: Field, block: int) -> Array:
     if head.dtype.kind in "biuf":
         return head
     what = f"block {block} of {field.name}"
-    return joined(head, field.dtype.newbyteorder("="), field.name, what)
+    return joinable(head, field.dtype.newbyteorder("="), field.name, what)
 
 
 def _first(function: Callable[[Array], Any], columns: tuple[Array, ...]) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -240,5 +240,5 @@ def _set_state(states: list[torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state)
 
 
-def _equal(states: list[torch.Tensor], others: list[Any]) -> bool:
+def _equal(states: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return len(states) == len(others) and all(map(torch.equal, states, others))

@@ -246,11 +246,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     validation = None
     if env.validation_reader is not None:
         validation = Validation(
-            spec,
-            objective=objective,
-            reader=env.validation_reader,
-            dtypes=dtypes,
-            comm=comm,
+            spec, objective=objective, reader=env.validation_reader, dtypes=dtypes, comm=comm
         )
     if first and env.checkpoint is not None:
         standing.checkpointer = Checkpointer(
