@@ -323,6 +323,21 @@ def test_random_numbers_in_some_shards_never_reach_another_rank():
         assert facts(run_gang(run, 4)[0]) == expected
 
 
+def test_a_loss_in_place_is_applied_once():
+    """The first rank that draws beside others computes its shard once more."""
+
+    class NextClass(nn.Module):
+        def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            target.add_(1).remainder_(output.shape[1])
+            return nn.functional.cross_entropy(output, target)
+
+    run = prepared(CASES["random numbers in some shards"])
+    run = replace(run, spec=replace(run.spec, loss=NextClass()))
+    expected = facts(run_gang(run, 1)[0])
+    for _ in range(3):
+        assert facts(run_gang(run, 4)[0]) == expected
+
+
 def test_a_transform_in_place_is_applied_once():
     def center(x: torch.Tensor) -> torch.Tensor:
         return x.sub_(0.5).mul_(2.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dask.delayed import delayed
 
+from dask_nn.data import casts
 from dask_nn.data.batches import batch_dtypes, load_window, new_rows
 from dask_nn.data.blocks import align
 from dask_nn.data.cuts import cut_rows, one_chunk_per_row_block
@@ -94,6 +95,39 @@ def test_a_cut_block_is_refused_as_an_uncut_one(name, dtype, other, expected, me
         array = given(dtype, np.zeros(first, dtype), other[:second])
         with pytest.raises(DataError, match=f"block 1 of {name}.* has type {expected}"):
             batch(x | {name: array}, torch.float32, memory)
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 4, 1)])
+def test_a_cut_block_of_another_shape_is_refused_by_name(memory, shape):
+    x = {"X": da.zeros((ROWS, 1), chunks=(ROWS, 1), dtype="f4")}
+    parts = [np.zeros((4, 4), "f4"), np.zeros(shape, "f4")]
+    wrong = da.concatenate(
+        [da.from_delayed(delayed(part, pure=False), (4, 4), "f4") for part in parts]
+    )
+    with pytest.raises(DataError, match=rf"block 1 of y as it was given has shape \({shape[0]},"):
+        batch(x | {"y": wrong}, torch.float32, memory)
+
+
+def test_pieces_side_by_side_have_the_widths_that_were_told():
+    parts = [np.zeros((4, 2), "f4"), np.zeros((4, 4), "f4")]
+    wrong = [da.from_delayed(delayed(part, pure=False), (4, 3), "f4") for part in parts]
+    found = one_chunk_per_row_block("X", da.concatenate(wrong, axis=1))
+    with pytest.raises(DataError, match=r"block 0 of X as it was given has shape \(4, 2\)"):
+        found.compute(scheduler="sync")
+
+
+def test_a_block_that_is_cut_is_looked_at_once(monkeypatch):
+    looked_at = 0
+
+    def check(found: np.ndarray[Any, Any], *_: Any, **__: Any) -> None:
+        nonlocal looked_at
+        looked_at += found.size
+
+    monkeypatch.setattr(casts, "check_cast", check)
+    array = given("f4", np.ones(1000, object))
+    cut_rows("y", array, (1,) * 1000).compute(scheduler="sync")
+    assert looked_at == 1000
 
 
 @pytest.mark.parametrize("old", [(8,), (3, 0, 5), (1, 2, 5), (0, 8), (8, 0), (4, 4)])

@@ -18,13 +18,13 @@ from dask_nn.allocator import keeping_freed_memory
 from dask_nn.data.batches import batch_dtypes
 from dask_nn.data.lengths import check_rows
 from dask_nn.data.problem import VALIDATION, of_validation_data
+from dask_nn.data.randomness import SeededRandomness, restored_generator
 from dask_nn.errors import DaskNNError, RankFailed
 from dask_nn.metrics.forward import between_tasks_s
 from dask_nn.metrics.objective import Objective
 from dask_nn.metrics.streams import BufferedMetrics
 from dask_nn.training.canary import fingerprint
 from dask_nn.training.layout import LeafLayout
-from dask_nn.training.randomness import SeededRandomness, restored_generator
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.snapshot import Snapshot
 from dask_nn.training.state import TrainingState
@@ -94,9 +94,9 @@ class _Bench:
 
     def __init__(self, payload: bytes) -> None:
         self.spec: TrainingSpec = pickle.loads(payload)  # noqa: S301  (made by the run's client)
-        # Threads of this process work side by side, and none of them is watched while it waits.
-        self.randomness = SeededRandomness(self.spec.seed)
-        self.validation_randomness = SeededRandomness(self.spec.seed)
+        # Threads of this process work side by side.
+        self.randomness = SeededRandomness(self.spec.seed, waiting=_begin_anew)
+        self.validation_randomness = SeededRandomness(self.spec.seed, waiting=_begin_anew)
         self.state = self.first_state()
         self.layout = LeafLayout(self.state.model)
         self.dtypes = batch_dtypes(self.spec.fields, self.layout.floating)
@@ -341,16 +341,24 @@ def _watched(run_id: str) -> Iterator[None]:
 
     Not the reading of blocks: their source may take as long as it needs.
     """
-    thread, began = threading.get_ident(), time.monotonic()
+    thread = threading.get_ident()
     with _benches_lock:
-        _began[thread] = (run_id, began)
+        _began[thread] = (run_id, time.monotonic())
     try:
         yield
     finally:
-        took = time.monotonic() - began
         with _benches_lock:
-            del _began[thread]
+            _, began = _began.pop(thread)
+            took = time.monotonic() - began
             _longest[run_id] = max(took, _longest.get(run_id, 0.0))
+
+
+def _begin_anew() -> None:
+    """Count this thread's work from now on: so far it has waited for that of others."""
+    thread = threading.get_ident()
+    with _benches_lock:
+        run_id, _ = _began[thread]
+        _began[thread] = (run_id, time.monotonic())
 
 
 @contextlib.contextmanager

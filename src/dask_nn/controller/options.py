@@ -160,10 +160,10 @@ class Options:
         if not isinstance(model, nn.Module) and callable(model):
             import torch
 
-            from dask_nn.training.randomness import own_generator, patience
+            from dask_nn.data.randomness import own_generator
 
             # Ranks of another run may be threads of this process.
-            with own_generator(patience()):
+            with own_generator():
                 torch.manual_seed(self.seed)
                 model = model()
         if not isinstance(model, nn.Module):

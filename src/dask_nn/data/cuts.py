@@ -15,7 +15,7 @@ from dask.layers import ArrayBlockwiseDep
 from dask.utils import key_split
 
 from dask_nn.data.casts import joinable
-from dask_nn.data.lengths import check_rows
+from dask_nn.data.lengths import check_rows, check_shape
 from dask_nn.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def one_chunk_per_row_block(name: str, array: da.Array) -> da.Array:
     axes = range(array.ndim)
     whole = {array.ndim + axis: array.shape[axis] for axis in axes[1:]}
     joined_columns: da.Array = da.blockwise(
-        partial(_join_columns, name, array.dtype),
+        partial(_join_columns, name, array.dtype, array.chunks[1:]),
         (0, *whole),
         ToldRows((array.chunks[0],)),
         (0,),
@@ -109,7 +109,7 @@ def cut_rows(name: str, array: da.Array, lengths: Sequence[int]) -> da.Array:
         for block in range(first, max(first + 1, bisect_left(bounds, stop))):
             piece = (f"{cut}-rows", number, block)
             graph[piece] = (
-                partial(_take_rows, name, array.dtype),
+                partial(_take_rows, name, array.dtype, array.shape[1:]),
                 (block, told[block]),
                 (max(0, start - bounds[block]), stop - bounds[block]),
                 (array.name, block, *others),
@@ -129,31 +129,48 @@ class ToldRows(ArrayBlockwiseDep):
 
 
 def _join_columns(
-    name: str, dtype: np.dtype[Any], told: tuple[int, float], chunks: list[Any]
+    name: str,
+    dtype: np.dtype[Any],
+    lengths: tuple[tuple[float, ...], ...],
+    told: tuple[int, float],
+    chunks: list[Any],
 ) -> np.ndarray[Any, Any]:
-    """Join the nested lists of chunks that make one row block."""
+    """Join the nested lists of chunks that make one row block; their lengths are by axis."""
 
-    def join(part: Any, axis: int) -> np.ndarray[Any, Any]:
+    def join(part: Any, shape: tuple[float, ...]) -> np.ndarray[Any, Any]:
+        axis = len(shape)
         if isinstance(part, list):
-            return np.concatenate([join(each, axis + 1) for each in part], axis=axis)
-        return _checked(name, dtype, told, part)
+            joined = [join(each, (*shape, lengths[axis][n])) for n, each in enumerate(part)]
+            return np.concatenate(joined, axis=axis + 1)
+        return joinable(_as_told(name, shape, told, part), dtype, name, _called(name, told))
 
-    return join(chunks, 1)
+    return join(chunks, ())
 
 
 def _take_rows(
-    name: str, dtype: np.dtype[Any], told: tuple[int, float], bounds: tuple[int, int], block: Any
+    name: str,
+    dtype: np.dtype[Any],
+    row_shape: tuple[float, ...],
+    told: tuple[int, float],
+    bounds: tuple[int, int],
+    block: Any,
 ) -> np.ndarray[Any, Any]:
     start, stop = bounds
-    return _checked(name, dtype, told, block)[start:stop]
+    found = _as_told(name, row_shape, told, block)
+    return joinable(found[start:stop], dtype, name, _called(name, told))
 
 
-def _checked(
-    name: str, dtype: np.dtype[Any], told: tuple[int, float], block: Any
+def _as_told(
+    name: str, row_shape: tuple[float, ...], told: tuple[int, float], block: Any
 ) -> np.ndarray[Any, Any]:
-    """Give a block that has the rows that its array tells, and may be joined, or refuse it."""
+    """Give a block that has the shape that its array tells, or refuse it."""
     number, length = told
-    block, of = np.asarray(block), f"{name} as it was given"
+    found: np.ndarray[Any, Any] = np.asarray(block)
     if not np.isnan(length):
-        check_rows(number, (block,), int(length), of=(of,))
-    return joinable(block, dtype, name, f"block {number} of {of}")
+        check_rows(number, (found,), int(length), of=(f"{name} as it was given",))
+    check_shape(found.shape, row_shape, _called(name, told))
+    return found
+
+
+def _called(name: str, told: tuple[int, float]) -> str:
+    return f"block {told[0]} of {name} as it was given"

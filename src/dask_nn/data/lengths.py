@@ -45,7 +45,7 @@ def check_rows(block: int, arrays: Iterable[Any], length: int, *, of: Sequence[s
 
 
 def check_shape(
-    found: tuple[int, ...], row_shape: tuple[int, ...], what: str, *, length: float = math.nan
+    found: tuple[int, ...], row_shape: tuple[float, ...], what: str, *, length: float = math.nan
 ) -> None:
     """Check that an array has the shape that was said: another one may broadcast without a word.
 
@@ -54,7 +54,7 @@ def check_shape(
     found : tuple of int
         Its shape.
     row_shape : tuple of int
-        The shape that its rows should have.
+        The shape that its rows should have; NaN where nobody knows.
     what : str
         How the error calls it, such as by its block and field.
     length : float
@@ -65,12 +65,16 @@ def check_shape(
     DataError
         If it has another one.
     """
-    known = not math.isnan(length)
-    rows = int(length) if known else found[0] if found else -1
-    if found != (rows, *row_shape):
-        expected = str((rows, *row_shape)) if known else f"rows of shape {row_shape}"
+    told = (length, *row_shape)
+    if len(found) != len(told) or not all(map(_is_as_told, found, told)):
+        known = not math.isnan(length)
+        expected = str((int(length), *row_shape)) if known else f"rows of shape {row_shape}"
         message = (
             f"{what} has shape {found}, expected {expected}; is the shape that its Dask array "
             "tells true, and are Delayed parts alike?"
         )
         raise DataError(message)
+
+
+def _is_as_told(found: int, told: float) -> bool:
+    return math.isnan(told) or found == told

@@ -79,7 +79,7 @@ def resolve_lengths(name: str, array: da.Array, client: Client | None) -> da.Arr
     Raises
     ------
     DataError
-        If a block cannot be computed, or is not like the others; names that one.
+        If a block cannot be computed; or, naming it, if one is not like the others.
     """
     if not any(np.isnan(length) for chunks in array.chunks for length in chunks):
         return array

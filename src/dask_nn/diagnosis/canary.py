@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import SGD
 
 from dask_nn.data.blocks import Field
+from dask_nn.data.randomness import SeededRandomness, own_generator
 from dask_nn.diagnosis.probe import in_thread
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.canary import fingerprint
-from dask_nn.training.randomness import SeededRandomness, own_generator, patience
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.spec import TrainingSpec
 
@@ -61,7 +61,7 @@ def standard_fingerprint_here() -> str:
     """Compute the hash of the canary's gradients with one thread, in hexadecimal."""
     # The generator is the user's, and of a rank that trains here, or of another worker of this
     # process: layers draw their first values from it.
-    with task_runtime(1), own_generator(patience()):
+    with task_runtime(1), own_generator():
         return _fingerprint().hex()
 
 

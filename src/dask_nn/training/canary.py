@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dask_nn.collectives.base import Communicator
+    from dask_nn.data.randomness import SeededRandomness
     from dask_nn.metrics.objective import Objective
-    from dask_nn.training.randomness import SeededRandomness
     from dask_nn.training.spec import TrainingSpec
 
 __all__ = ["canary_of", "compare_canaries", "expected_bits", "fingerprint"]

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     import torch
 
     from dask_nn.collectives.base import Communicator
+    from dask_nn.data.randomness import SeededRandomness
     from dask_nn.data.reader import BlockReader
     from dask_nn.metrics.merge import Partial
     from dask_nn.metrics.objective import Objective
     from dask_nn.training.checkpointing import Checkpointer
     from dask_nn.training.orders import Orders
-    from dask_nn.training.randomness import SeededRandomness
     from dask_nn.training.spec import TrainingSpec
     from dask_nn.training.state import TrainingState
     from dask_nn.training.validation import Validation

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from dask_nn.data.batches import batch_dtypes
+from dask_nn.data.randomness import SeededRandomness, restored_generator
 from dask_nn.errors import ConfigurationError, DaskNNError, DataError, ModelError
 from dask_nn.grouping import call_model, group_of, map_inputs
 from dask_nn.metrics.objective import Objective
 from dask_nn.training.layout import LeafLayout
-from dask_nn.training.randomness import SeededRandomness, patience, restored_generator
 from dask_nn.training.runtime import task_runtime
 from dask_nn.training.state import TrainingState
 from dask_nn.training.step import ShardOutput, ShardStep
@@ -53,7 +53,7 @@ def try_step(spec: TrainingSpec, labels: LabelRange | None = None) -> ShardOutpu
         If transform, model or loss fail on the sample.
     """
     # Ranks of another run may be threads of this process.
-    randomness = SeededRandomness(spec.seed, waiting=patience())
+    randomness = SeededRandomness(spec.seed)
     with restored_generator():
         return _try_step(spec, labels, randomness)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dask_nn.data.batches import batch_dtypes
+from dask_nn.data.randomness import SeededRandomness, restored_generator
 from dask_nn.errors import (
     Aborted,
     CollectiveTimeout,
@@ -31,7 +32,6 @@ from dask_nn.training.layout import LeafLayout
 from dask_nn.training.loop import TrainingLoop
 from dask_nn.training.orders import Orders
 from dask_nn.training.outcome import RankOutcome, Status
-from dask_nn.training.randomness import SeededRandomness, restored_generator
 from dask_nn.training.runtime import rank_runtime
 from dask_nn.training.snapshot import Keepsake
 from dask_nn.training.state import TrainingState
@@ -131,6 +131,8 @@ def _run(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> RankO
     comm = env.comm
     outcome: RankOutcome
     try:
+        if torch.device(spec.device).type == "cuda":
+            torch.cuda.init()  # else its generator is neither seeded at first nor given back
         with rank_runtime(spec.threads_per_rank, deterministic=spec.bitwise), restored_generator():
             return _train(spec, env, standing)
     except (Aborted, CollectiveTimeout) as error:

@@ -9,16 +9,16 @@ from torch import nn
 
 from dask_nn import faults
 from dask_nn.errors import ModelError
-from dask_nn.grouping import call_model, map_inputs
+from dask_nn.grouping import call_model
 from dask_nn.training.layout import FIRST_MARK, LeafLayout, LeafViews
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dask_nn.data.batches import Batch
+    from dask_nn.data.randomness import SeededRandomness
     from dask_nn.grouping import Grouping
     from dask_nn.metrics.objective import Objective
-    from dask_nn.training.randomness import SeededRandomness
 
 __all__ = ["ShardOutput", "ShardStep"]
 
@@ -36,6 +36,7 @@ class _Computed(NamedTuple):
     """A shard's outputs, and what its leaf is made of."""
 
     output: Any
+    target: Any
     gradients: tuple[torch.Tensor | None, ...]
     total: float
     normalizer: float
@@ -161,19 +162,20 @@ class ShardStep:
             shard,
         )
         self._write(views, computed, count)
-        return ShardOutput(detached(computed.output), self._grouping.targets(batch))
+        return ShardOutput(detached(computed.output), computed.target)
 
     def _differentiate(
         self, batch: Batch, *, count: int, step_count: int, again: bool
     ) -> _Computed:
         """Transform, forward and backward; loss and backward may draw random numbers, too."""
+        if again:  # what works in place must not meet its own result in a second call
+            batch = tuple(map(torch.clone, batch))
         target = self._grouping.targets(batch)
         for buffer, base in zip(self._layout.buffers, self._base, strict=True):
             buffer.copy_(base)
         x = self._grouping.inputs(batch)
         if self._transform is not None:
-            # A transform in place must not meet its own result in a second call.
-            x = self._transform(map_inputs(torch.clone, x) if again else x)
+            x = self._transform(x)
         output = call_model(self._model, x)
         scale: float
         if self._objective.kind == "mean_rows":
@@ -196,7 +198,7 @@ class ShardStep:
                 "its parameters and does not detach its output"
             )
             raise ModelError(message)
-        return _Computed(output, self._backward(loss, scale), total, normalizer)
+        return _Computed(output, target, self._backward(loss, scale), total, normalizer)
 
     def _backward(self, loss: torch.Tensor, scale: float) -> tuple[torch.Tensor | None, ...]:
         if faults.hook is not None:

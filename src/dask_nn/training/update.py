@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from dask_nn.training.layout import (
     FIRST_MARK,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from dask_nn.training.randomness import SeededRandomness
+    from dask_nn.data.randomness import SeededRandomness
 
 __all__ = ["StepTotal", "Update"]
 
@@ -167,13 +168,8 @@ def plain_step(optimizer: Optimizer) -> Callable[[], Any]:
     """
     whole = type(optimizer).step
     inner = getattr(whole, "__wrapped__", None)
-    hooked = (
-        "step" in vars(optimizer)
-        or optimizer._optimizer_step_pre_hooks  # noqa: SLF001
-        or optimizer._optimizer_step_post_hooks  # noqa: SLF001
-        or not getattr(whole, "hooked", False)
-    )
-    if inner is None or hooked:
+    replaced = "step" in vars(optimizer) or not getattr(whole, "hooked", False)
+    if inner is None or replaced or _is_hooked(optimizer):
         return optimizer.step
     bare: Callable[[], Any] = partial(inner, optimizer)
     return bare
@@ -184,17 +180,32 @@ def draws_nothing(optimizer: Optimizer, scheduler: Any) -> bool:
 
     Hooks may do anything, and so may the functions that some schedulers are given.
     """
-    hooked = (
-        # A scheduler replaces the step with one that counts.
-        ("step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"))
-        or optimizer._optimizer_step_pre_hooks  # noqa: SLF001
+    # A scheduler replaces the step with one that counts, and that wraps the step it finds.
+    step = vars(optimizer).get("step")
+    replaced = step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
+    return (
+        not replaced
+        and not _is_hooked(optimizer)
+        and _is_of_torch(optimizer)
+        and (scheduler is None or _is_pure(scheduler))
+    )
+
+
+def _is_hooked(optimizer: Optimizer) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks  # noqa: SLF001
         or optimizer._optimizer_step_post_hooks  # noqa: SLF001
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
     )
-    schedulers = [] if scheduler is None else [scheduler, *getattr(scheduler, "_schedulers", ())]
-    return not (
-        hooked
-        or any(hasattr(part, "lr_lambdas") for part in schedulers)
-        or not all(
-            type(part).__module__.startswith("torch.optim.") for part in [optimizer, *schedulers]
-        )
-    )
+
+
+def _is_of_torch(part: object) -> bool:
+    return type(part).__module__.startswith("torch.optim.")
+
+
+def _is_pure(scheduler: Any) -> bool:
+    """Tell whether a scheduler, and each in it, is PyTorch's own and calls no user's function."""
+    calls = hasattr(scheduler, "lr_lambdas") or getattr(scheduler, "_scale_fn_custom", None)
+    parts = getattr(scheduler, "_schedulers", ())
+    return _is_of_torch(scheduler) and not calls and all(map(_is_pure, parts))

@@ -13,8 +13,8 @@ from dask_nn.data.batches import stored_dtype
 from dask_nn.data.casts import check_cast
 from dask_nn.data.lengths import check_shape
 from dask_nn.data.problem import of_validation_data
+from dask_nn.data.randomness import SeededRandomness
 from dask_nn.metrics.merge import compute, merge_named
-from dask_nn.training.randomness import SeededRandomness
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from dask_nn.errors import DataError
 from dask_nn.pickling import dumps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["is_dataset", "parts_of_dataset"]
 
@@ -89,6 +90,9 @@ class _Held:
 def read_samples(dataset: Any, start: int, stop: int) -> Any:
     """Stack the samples ``start..stop-1``.
 
+    Random numbers of torch that a sample draws, such as an augmentation's, depend on its index
+    alone: a block that is lost is read again with the same values.
+
     Returns
     -------
     tuple of ndarray or dict of str to ndarray
@@ -97,13 +101,28 @@ def read_samples(dataset: Any, start: int, stop: int) -> Any:
     if isinstance(dataset, _Held):
         dataset = dataset.dataset
     batch_of = getattr(dataset, "__getitems__", None)
-    samples = (
-        batch_of(list(range(start, stop)))
-        if batch_of is not None
-        else [dataset[index] for index in range(start, stop)]
-    )
+    if batch_of is None:
+        samples = _read_seeded(dataset.__getitem__, range(start, stop))
+    else:
+        (samples,) = _read_seeded(lambda first: batch_of(list(range(first, stop))), [start])
     stacked = _stack(samples, f"samples {start} to {stop - 1} of {type(dataset).__name__}")
     return stacked if isinstance(stacked, tuple) else (stacked,)
+
+
+def _read_seeded(read: Callable[[int], Any], indices: Sequence[int]) -> list[Any]:
+    """Read samples; where the first one draws random numbers, others that draw wait for them all.
+
+    They could not have their turns one by one: each would wait for a rank's step.
+    """
+    from dask_nn.data.randomness import SeededRandomness, own_generator
+
+    randomness = SeededRandomness(0)
+    with own_generator():
+        first, draws = randomness.run_watched(partial(read, indices[0]), "sample", indices[0])
+        if draws:
+            rest = [randomness.run_once(partial(read, n), "sample", n) for n in indices[1:]]
+            return [first, *rest]
+    return [first, *map(read, indices[1:])]
 
 
 def _stack(samples: Sequence[Any], what: str) -> Any:

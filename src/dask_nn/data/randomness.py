@@ -16,12 +16,12 @@ from dask_nn.errors import DaskNNError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SeededRandomness", "own_generator", "patience", "restored_generator"]
+__all__ = ["SeededRandomness", "own_generator", "restored_generator"]
 
 SEED_BITS = (1 << 63) - 1
 # How often whoever waits for the generator looks whether it should go on waiting.
 LOOK_S = 0.1
-# A shard's step may take minutes on the processor that a client shares with it.
+# A shard's step may take minutes; who never gives it back hangs, and would let others hang with it.
 PATIENCE_S = 600.0
 
 
@@ -105,8 +105,9 @@ class _Turns:
         take: Callable[[], None],
         waiting: Callable[[], None] | None,
     ) -> None:
-        """Wait until it is free for this thread, unless ``waiting`` raises."""
+        """Wait until it is free for this thread; what ``waiting`` raises ends that."""
         ticket = object()
+        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
             if not self._queue and is_free():
                 take()
@@ -122,6 +123,13 @@ class _Turns:
                         return
                 if waiting is not None:
                     waiting()
+                if time.monotonic() > deadline:
+                    message = (
+                        "something else in this process, such as another training, has had "
+                        f"PyTorch's random generator for {PATIENCE_S:g} s; wait until it ends, or "
+                        "use another process"
+                    )
+                    raise DaskNNError(message)
         finally:
             with self._changed:
                 self._queue.remove(ticket)
@@ -144,7 +152,7 @@ class SeededRandomness:
         The run's seed.
     waiting : callable, optional
         Called now and then while another thread of this process has the generator; what it raises
-        ends the wait.
+        ends the wait, which has an upper limit besides.
     """
 
     def __init__(self, seed: int, *, waiting: Callable[[], None] | None = None) -> None:
@@ -180,30 +188,21 @@ class SeededRandomness:
 
     def run_once[T](self, compute: Callable[[], T], *key: int | str) -> T:
         """Call ``compute`` as :meth:`run` does, exactly once and always alone."""
+        return self.run_watched(compute, *key)[0]
+
+    def run_watched[T](self, compute: Callable[[], T], *key: int | str) -> tuple[T, bool]:
+        """Call ``compute`` as :meth:`run_once` does, and tell whether it drew numbers."""
         with _turns.alone(self._waiting):
             self._reseed(*key)
-            return compute()
+            before = _state()
+            result = compute()
+            return result, not _equal(_state(), before)
 
     def _reseed(self, *key: int | str) -> None:
         seed = key64(self._seed, *key) & SEED_BITS
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
-
-
-def patience(seconds: float = PATIENCE_S) -> Callable[[], None]:
-    """Give what ends a wait for the generator with a DaskNNError after so many seconds."""
-    deadline = time.monotonic() + seconds
-
-    def waiting() -> None:
-        if time.monotonic() > deadline:
-            message = (
-                f"something else in this process, such as another training, has had PyTorch's "
-                f"random generator for {seconds:g} s; wait until it ends, or use another process"
-            )
-            raise DaskNNError(message)
-
-    return waiting
 
 
 @contextlib.contextmanager

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from dask_nn.data import randomness
+from dask_nn.data.inputs.datasets import read_samples
+from dask_nn.data.randomness import SeededRandomness, own_generator, restored_generator
 from dask_nn.diagnosis.canary import standard_fingerprint_here
 from dask_nn.errors import Aborted, DaskNNError
-from dask_nn.training.randomness import (
-    SeededRandomness,
-    own_generator,
-    patience,
-    restored_generator,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,20 +77,20 @@ def test_a_function_that_begins_to_draw_is_repeated_with_its_own_numbers():
         return torch.rand(4)
 
     with another_user(), restored_generator():
-        randomness = SeededRandomness(7)
-        randomness.run(quiet, 0, 0)
-        assert torch.equal(randomness.run(draw, 1, 0), numbers(1, 0))
+        seeded = SeededRandomness(7)
+        seeded.run(quiet, 0, 0)
+        assert torch.equal(seeded.run(draw, 1, 0), numbers(1, 0))
         assert calls == [True, False]
-        randomness.run(draw, 2, 0)
+        seeded.run(draw, 2, 0)
         assert calls == [True, False, False]
 
 
 def test_whoever_has_no_company_is_called_once():
     calls: list[bool] = []
     with restored_generator():
-        randomness = SeededRandomness(7)
+        seeded = SeededRandomness(7)
         for step in range(3):
-            randomness.run(calls.append, step, 0)
+            seeded.run(calls.append, step, 0)
     assert calls == [False, False, False]
 
 
@@ -122,7 +119,24 @@ def update() -> None:
         SeededRandomness(7).run_once(drawn, "update", 1)
 
 
-@pytest.mark.parametrize("disturb", [leave, draw, begin_to_draw, update, standard_fingerprint_here])
+class Augmented(torch.utils.data.Dataset[torch.Tensor]):
+    """Every sample differs at random from the one before."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.rand(2)
+
+
+def read() -> None:
+    """Do as the reading of a dataset that augments its samples."""
+    read_samples(Augmented(), 0, 3)
+
+
+@pytest.mark.parametrize(
+    "disturb", [leave, draw, begin_to_draw, update, read, standard_fingerprint_here]
+)
 def test_a_rank_that_draws_is_not_disturbed_by_others_of_its_process(disturb):
     standard_fingerprint_here()  # imports much the first time
     drawing = threading.Event()
@@ -143,10 +157,10 @@ def test_a_rank_that_draws_is_not_disturbed_by_others_of_its_process(disturb):
         return torch.cat([torch.rand(2), torch.rand(2)])
 
     with restored_generator(), ThreadPoolExecutor(1) as pool:
-        randomness = SeededRandomness(7)
-        expected = randomness.run(at_once, 1, 1)
+        seeded = SeededRandomness(7)
+        expected = seeded.run(at_once, 1, 1)
         other = pool.submit(disturbing)
-        assert torch.equal(randomness.run(slowly, 1, 1), expected)
+        assert torch.equal(seeded.run(slowly, 1, 1), expected)
         other.result(30)
 
 
@@ -155,11 +169,11 @@ def test_functions_that_draw_nothing_run_side_by_side():
 
     def rank() -> int:
         with restored_generator():
-            randomness = SeededRandomness(7)
+            seeded = SeededRandomness(7)
             meeting.wait()  # both are users now
-            randomness.run(quiet, 0, 0)
+            seeded.run(quiet, 0, 0)
             meeting.wait()  # both are known to draw nothing: to find out, each was alone
-            return randomness.run(lambda _: meeting.wait(), 1, 0)
+            return seeded.run(lambda _: meeting.wait(), 1, 0)
 
     with ThreadPoolExecutor(2) as pool:
         waits = [pool.submit(rank) for _ in range(2)]
@@ -182,11 +196,11 @@ def test_overlapping_users_give_the_process_its_state_back():
     before = torch.default_generator.get_state()
     first, second = restored_generator(), restored_generator()
     first.__enter__()
-    draw()
+    torch.rand(1)
     second.__enter__()
-    draw()
+    torch.rand(1)
     first.__exit__(None, None, None)
-    draw()
+    torch.rand(1)
     second.__exit__(None, None, None)
     assert torch.equal(torch.default_generator.get_state(), before)
 
@@ -196,12 +210,14 @@ def abort() -> None:
     raise Aborted(message)
 
 
-def impatient() -> Callable[[], None]:
-    return patience(0.0)
+def go_on() -> None:
+    """Show life, and wait."""
 
 
-@pytest.mark.parametrize(("waiting", "error"), [(abort, Aborted), (impatient(), DaskNNError)])
-def test_whoever_waits_may_stop_waiting_and_is_in_nobodys_way(waiting, error):
+@pytest.mark.parametrize(("waiting", "error"), [(abort, Aborted), (go_on, DaskNNError)])
+def test_whoever_waits_may_stop_waiting_and_is_in_nobodys_way(monkeypatch, waiting, error):
+    """Nobody waits for ever: whoever has the generator may hang."""
+    monkeypatch.setattr(randomness, "PATIENCE_S", 0.0)
     with in_a_thread(own_generator):
         with pytest.raises(error):
             SeededRandomness(7, waiting=waiting).run(quiet, 0, 0)
@@ -224,9 +240,9 @@ def test_whoever_gives_up_waiting_for_sharers_leaves_the_generator_to_others():
 
     def rank() -> None:
         with restored_generator():
-            randomness = SeededRandomness(7)
-            randomness.run(quiet, 0, 0)
-            randomness.run(share, 1, 0)
+            seeded = SeededRandomness(7)
+            seeded.run(quiet, 0, 0)
+            seeded.run(share, 1, 0)
 
     with ThreadPoolExecutor(2) as pool, another_user():
         first = pool.submit(rank)
