@@ -35,9 +35,13 @@ LEFTOVER_PATIENCE_S = 5.0
 START_METHOD = os.environ.get("DASK_NN_TEST_WORKERS", "forkserver")
 IMPORTED = (
     "torch._dynamo",
+    "torchmetrics",  # two seconds, with what it draws plots with
     "dask_nn.training.rank_main",
+    "dask_nn.collectives.make",
     "dask_nn.controller.worker_side",
     "dask_nn.data.peek",
+    "dask_nn.data.streaming",
+    "dask_nn.metrics.states",
 )
 
 # pytest gives its handlers to each logger that does not propagate, and there a cluster silences
