@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from dask_nn.data import randomness
-from dask_nn.data.inputs.datasets import read_samples
+from dask_nn.data.inputs.datasets import Held, read_samples
 from dask_nn.data.randomness import SeededRandomness, own_generator, restored_generator
 from dask_nn.diagnosis.canary import standard_fingerprint_here
 from dask_nn.errors import Aborted, DaskNNError
@@ -131,7 +133,7 @@ class Augmented(torch.utils.data.Dataset[torch.Tensor]):
 
 def read() -> None:
     """Do as the reading of a dataset that augments its samples."""
-    read_samples(Augmented(), 0, 3)
+    read_samples(Held(Augmented(), draws=True), 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -221,10 +223,28 @@ def test_whoever_waits_may_stop_waiting_and_is_in_nobodys_way(monkeypatch, waiti
     with in_a_thread(own_generator):
         with pytest.raises(error):
             SeededRandomness(7, waiting=waiting).run(quiet, 0, 0)
-        with pytest.raises(error), own_generator(waiting):
-            pass
+        with pytest.raises(error):
+            SeededRandomness(7, waiting=waiting).run_once(quiet, 0)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(numbers).result(5)
+
+
+def test_whoever_waits_for_many_in_turn_is_patient(monkeypatch):
+    """As long as each of them gives the generator on."""
+    monkeypatch.setattr(randomness, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(randomness, "LOOK_S", 0.01)
+    queued = threading.Semaphore(0)
+
+    def turn() -> None:
+        SeededRandomness(7, waiting=queued.release).run_once(partial(time.sleep, 0.2), 0)
+
+    with ThreadPoolExecutor(5) as pool:
+        with own_generator():
+            turns = [pool.submit(turn) for _ in range(5)]
+            for _ in turns:
+                assert queued.acquire(timeout=5)
+        for each in turns:
+            each.result(5)
 
 
 def test_whoever_gives_up_waiting_for_sharers_leaves_the_generator_to_others():
@@ -247,8 +267,8 @@ def test_whoever_gives_up_waiting_for_sharers_leaves_the_generator_to_others():
     with ThreadPoolExecutor(2) as pool, another_user():
         first = pool.submit(rank)
         assert sharing.wait(5)
-        with pytest.raises(KeyboardInterrupt), own_generator(interrupt):
-            pass
+        with pytest.raises(KeyboardInterrupt):
+            SeededRandomness(7, waiting=interrupt).run_once(quiet, 0)
         go_on.set()
         first.result(5)
         pool.submit(numbers).result(5)

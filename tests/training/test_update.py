@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import types
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +29,13 @@ def replaced() -> Optimizer:
     return optimizer
 
 
+def wrapped() -> Optimizer:
+    optimizer = sgd()
+    noisy = functools.wraps(SGD.step)(lambda _: torch.rand(1))
+    optimizer.step = types.MethodType(noisy, optimizer)
+    return optimizer
+
+
 def hooked() -> Optimizer:
     optimizer = sgd()
     optimizer.register_step_pre_hook(lambda *_: torch.rand(1))
@@ -51,6 +59,7 @@ CASES = {
     "own class": (lambda: Own(nn.Linear(2, 1).parameters(), lr=0.1), None, False),
     "hook": (hooked, None, False),
     "own step": (replaced, None, False),
+    "own step that calls itself torch's": (wrapped, None, False),
     "own step, scheduled": (replaced, lambda o: schedulers.StepLR(o, 2), False),
     "LambdaLR": (sgd, lambda o: schedulers.LambdaLR(o, draw), False),
     "CyclicLR with a function": (

@@ -21,7 +21,7 @@ __all__ = ["SeededRandomness", "own_generator", "restored_generator"]
 SEED_BITS = (1 << 63) - 1
 # How often whoever waits for the generator looks whether it should go on waiting.
 LOOK_S = 0.1
-# A shard's step may take minutes; who never gives it back hangs, and would let others hang with it.
+# A shard's step may take minutes. Whoever keeps it for longer hangs, and others would hang with it.
 PATIENCE_S = 600.0
 
 
@@ -39,6 +39,7 @@ class _Turns:
         self._sharing = 0
         self._owner: int | None = None
         self._depth = 0
+        self._handed_over = 0
         self._users: Counter[int] = Counter()
         self._before: list[torch.Tensor] = []
 
@@ -76,7 +77,7 @@ class _Turns:
         finally:
             with self._changed:
                 self._sharing -= 1
-                self._changed.notify_all()
+                self._hand_over()
 
     @contextlib.contextmanager
     def alone(self, waiting: Callable[[], None] | None) -> Iterator[None]:
@@ -91,13 +92,17 @@ class _Turns:
             if not self._depth:
                 with self._changed:
                     self._owner = None
-                    self._changed.notify_all()
+                    self._hand_over()
 
     def _share(self) -> None:
         self._sharing += 1
 
     def _own(self) -> None:
         self._owner = threading.get_ident()
+
+    def _hand_over(self) -> None:
+        self._handed_over += 1
+        self._changed.notify_all()
 
     def _take(
         self,
@@ -107,12 +112,12 @@ class _Turns:
     ) -> None:
         """Wait until it is free for this thread; what ``waiting`` raises ends that."""
         ticket = object()
-        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
             if not self._queue and is_free():
                 take()
                 return
             self._queue.append(ticket)
+            handed_over, since = self._handed_over, time.monotonic()
         try:
             while True:
                 with self._changed:
@@ -121,9 +126,11 @@ class _Turns:
                     ):
                         take()
                         return
+                    if handed_over != self._handed_over:
+                        handed_over, since = self._handed_over, time.monotonic()
                 if waiting is not None:
                     waiting()
-                if time.monotonic() > deadline:
+                if time.monotonic() > since + PATIENCE_S:
                     message = (
                         "something else in this process, such as another training, has had "
                         f"PyTorch's random generator for {PATIENCE_S:g} s; wait until it ends, or "
@@ -152,7 +159,7 @@ class SeededRandomness:
         The run's seed.
     waiting : callable, optional
         Called now and then while another thread of this process has the generator; what it raises
-        ends the wait, which has an upper limit besides.
+        ends the wait. So does a thread that keeps it for ten minutes: DaskNNError.
     """
 
     def __init__(self, seed: int, *, waiting: Callable[[], None] | None = None) -> None:
@@ -213,15 +220,9 @@ def restored_generator() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_generator(waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Have the process's generator alone, and give its state back afterwards.
-
-    Parameters
-    ----------
-    waiting : callable, optional
-        Called now and then while another thread has it; what it raises ends the wait.
-    """
-    with _turns.used(), _turns.alone(waiting):
+def own_generator() -> Iterator[None]:
+    """Have the process's generator alone, and give its state back afterwards."""
+    with _turns.used(), _turns.alone(None):
         yield
 
 

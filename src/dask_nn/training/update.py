@@ -180,9 +180,12 @@ def draws_nothing(optimizer: Optimizer, scheduler: Any) -> bool:
 
     Hooks may do anything, and so may the functions that some schedulers are given.
     """
-    # A scheduler replaces the step with one that counts, and that wraps the step it finds.
     step = vars(optimizer).get("step")
-    replaced = step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
+    # A scheduler replaces the step with one that counts, and that wraps the step it finds.
+    replaced = step is not None and not (
+        hasattr(step, "_wrapped_by_lr_sched")
+        and getattr(step, "__wrapped__", None) is type(optimizer).step
+    )
     return (
         not replaced
         and not _is_hooked(optimizer)

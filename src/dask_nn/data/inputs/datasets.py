@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import uuid
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from dask_nn.errors import DataError
 from dask_nn.pickling import dumps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["is_dataset", "parts_of_dataset"]
+__all__ = ["Held", "is_dataset", "parts_of_dataset", "read_samples"]
 
 
 def is_dataset(value: Any) -> bool:
@@ -31,7 +30,9 @@ def parts_of_dataset(dataset: Any, *, block_size_bytes: int) -> tuple[list[Any],
     Parameters
     ----------
     dataset : torch.utils.data.Dataset
-        With ``__len__`` and ``__getitem__``; its samples are tuples (x, y), or x alone.
+        With ``__len__`` and ``__getitem__``; its samples are tuples (x, y), or x alone. If the
+        first or the last one draws random numbers of torch, what each draws depends on its index
+        alone.
     block_size_bytes : int
         Target size of a block.
 
@@ -62,12 +63,15 @@ def parts_of_dataset(dataset: Any, *, block_size_bytes: int) -> tuple[list[Any],
     if not length:
         message = f"{type(dataset).__name__} has no samples"
         raise DataError(message)
-    first = read_samples(dataset, 0, 1)
+    held = Held(dataset, draws=False)
+    sample, draws = held.read_watched(0)
+    first = _stack_all([sample], dataset, 0)
+    held.draws = draws or _last_draws(held, length)
     sample_bytes = max(1, sum(array.nbytes for array in _leaves(first)))
     rows = max(1, min(length, block_size_bytes // sample_bytes))
     dumps(dataset, "dataset")  # to name what cannot be pickled
     token = uuid.uuid4().hex
-    node = delayed(_Held(dataset), name=f"dask-nn-dataset-{token}", pure=False, traverse=False)
+    node = delayed(held, name=f"dask-nn-dataset-{token}", pure=False, traverse=False)
     read = delayed(read_samples, pure=False)
     bounds = [(start, min(start + rows, length)) for start in range(0, length, rows)]
     parts = [
@@ -77,52 +81,74 @@ def parts_of_dataset(dataset: Any, *, block_size_bytes: int) -> tuple[list[Any],
     return parts, first, [stop - start for start, stop in bounds]
 
 
-class _Held:
-    """A dataset as one literal of a graph: not iterated, not looked into."""
+class Held:
+    """A dataset as one literal of a graph: not iterated, not looked into.
 
-    def __init__(self, dataset: Any) -> None:
+    Parameters
+    ----------
+    dataset : torch.utils.data.Dataset
+        With ``__len__`` and ``__getitem__``.
+    draws : bool
+        Whether its samples draw random numbers of torch, such as an augmentation's.
+    """
+
+    def __init__(self, dataset: Any, *, draws: bool) -> None:
         self.dataset = dataset
+        self.draws = draws
 
     def __dask_tokenize__(self) -> str:
         return uuid.uuid4().hex
 
+    def read(self, indices: range) -> list[Any]:
+        """Read samples; what each of them draws depends on its index alone.
 
-def read_samples(dataset: Any, start: int, stop: int) -> Any:
+        While samples are drawn, nobody else of this process draws: one by one, each would wait for
+        a rank's step.
+        """
+        if not self.draws:
+            return self._get(list(indices))
+        from dask_nn.data.randomness import own_generator
+
+        with own_generator():
+            return [self.read_watched(index)[0] for index in indices]
+
+    def read_watched(self, index: int) -> tuple[Any, bool]:
+        """Read a sample with its own random numbers, and tell whether it drew some."""
+        from dask_nn.data.randomness import SeededRandomness, restored_generator
+
+        with restored_generator():
+            return SeededRandomness(0).run_watched(lambda: self._get([index])[0], "sample", index)
+
+    def _get(self, indices: list[int]) -> list[Any]:
+        together = getattr(self.dataset, "__getitems__", None)
+        if together is not None:
+            return list(together(indices))
+        return [self.dataset[index] for index in indices]
+
+
+def read_samples(held: Held, start: int, stop: int) -> Any:
     """Stack the samples ``start..stop-1``.
-
-    Random numbers of torch that a sample draws, such as an augmentation's, depend on its index
-    alone: a block that is lost is read again with the same values.
 
     Returns
     -------
     tuple of ndarray or dict of str to ndarray
         Shape (stop - start, ...) each.
     """
-    if isinstance(dataset, _Held):
-        dataset = dataset.dataset
-    batch_of = getattr(dataset, "__getitems__", None)
-    if batch_of is None:
-        samples = _read_seeded(dataset.__getitem__, range(start, stop))
-    else:
-        (samples,) = _read_seeded(lambda first: batch_of(list(range(first, stop))), [start])
-    stacked = _stack(samples, f"samples {start} to {stop - 1} of {type(dataset).__name__}")
+    return _stack_all(held.read(range(start, stop)), held.dataset, start)
+
+
+def _last_draws(held: Held, length: int) -> bool:
+    """Tell whether the last sample draws, as where augmented samples are added to others."""
+    try:
+        return held.read_watched(length - 1)[1]
+    except Exception:  # whoever reads its block will say so
+        return False
+
+
+def _stack_all(samples: Sequence[Any], dataset: Any, start: int) -> Any:
+    what = f"samples {start} to {start + len(samples) - 1} of {type(dataset).__name__}"
+    stacked = _stack(samples, what)
     return stacked if isinstance(stacked, tuple) else (stacked,)
-
-
-def _read_seeded(read: Callable[[int], Any], indices: Sequence[int]) -> list[Any]:
-    """Read samples; where the first one draws random numbers, others that draw wait for them all.
-
-    They could not have their turns one by one: each would wait for a rank's step.
-    """
-    from dask_nn.data.randomness import SeededRandomness, own_generator
-
-    randomness = SeededRandomness(0)
-    with own_generator():
-        first, draws = randomness.run_watched(partial(read, indices[0]), "sample", indices[0])
-        if draws:
-            rest = [randomness.run_once(partial(read, n), "sample", n) for n in indices[1:]]
-            return [first, *rest]
-    return [first, *map(read, indices[1:])]
 
 
 def _stack(samples: Sequence[Any], what: str) -> Any:
