@@ -319,7 +319,7 @@ def dask_processes(
             "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
         deadline = time.monotonic() + 60
-        while not file.exists():
+        while not (file.exists() and file.read_text(encoding="utf-8").endswith("}")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         address = json.loads(file.read_text(encoding="utf-8"))["address"]
