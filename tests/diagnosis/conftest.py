@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from distributed import Client
 
 from dask_nn.diagnosis.doctor import doctor
 from dask_nn.diagnosis.probe import VARIABLES
+from dask_nn.testing.network import scheduler_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,11 +66,7 @@ class Launcher:
             sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1",
             "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not file.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        address = json.loads(file.read_text(encoding="utf-8"))["address"]
+        address = scheduler_address(file)
         return Cluster(address=address, scheduler=scheduler, workers={})
 
     def worker(

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,7 +28,7 @@ from dask_nn.callbacks.base import Callback
 from dask_nn.clusters.local import local_cluster
 from dask_nn.data.plan import Plan
 from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps, slow_steps
-from dask_nn.testing.network import Network
+from dask_nn.testing.network import Network, scheduler_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -318,11 +317,7 @@ def dask_processes(
             "scheduler", "--host", "127.0.0.1", "--port", str(port),
             "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not (file.exists() and file.read_text(encoding="utf-8").endswith("}")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        address = json.loads(file.read_text(encoding="utf-8"))["address"]
+        address = scheduler_address(file)
         found = [start_worker(address) for _ in range(workers)]
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(workers, timeout=60)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["Host", "Network", "SpreadCluster"]
+__all__ = ["Host", "Network", "SpreadCluster", "scheduler_address"]
 
 NOBODY = "02:00:00:00:00:99"
 START_S = 60.0
@@ -134,6 +134,24 @@ class Network:
            "nud", "permanent")  # fmt: skip
 
 
+def scheduler_address(file: Path, *, timeout_s: float = START_S) -> str:
+    """Give the address in a scheduler's file once that is there, and whole.
+
+    Raises
+    ------
+    TimeoutError
+        If it is not after so many seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        # It is there before it is written.
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return str(json.loads(file.read_text(encoding="utf-8"))["address"])
+        time.sleep(0.05)
+    message = f"the scheduler did not write {file} within {timeout_s:g} s"
+    raise TimeoutError(message)
+
+
 class SpreadCluster:
     """A scheduler in this namespace and worker processes on each host; a context manager.
 
@@ -195,13 +213,7 @@ class SpreadCluster:
             "scheduler", "--host", self._network.address, "--port", "0", "--no-dashboard",
             "--scheduler-file", str(file), *tls,
         )  # fmt: skip
-        deadline = time.monotonic() + START_S
-        while not file.exists():
-            if time.monotonic() > deadline:
-                message = f"the scheduler did not write {file} within {START_S:g} s"
-                raise TimeoutError(message)
-            time.sleep(0.05)
-        self.address = str(json.loads(file.read_text(encoding="utf-8"))["address"])
+        self.address = scheduler_address(file)
         self._tls = tls
         self.workers = [
             self._launch_worker(host, number)
