@@ -66,7 +66,7 @@ class Launcher:
             sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1",
             "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
-        address = scheduler_address(file)
+        address = scheduler_address(file, timeout_s=120)
         return Cluster(address=address, scheduler=scheduler, workers={})
 
     def worker(

@@ -195,15 +195,16 @@ class SeededRandomness:
 
     def run_once[T](self, compute: Callable[[], T], *key: int | str) -> T:
         """Call ``compute`` as :meth:`run` does, exactly once and always alone."""
-        return self.run_watched(compute, *key)[0]
+        with _turns.alone(self._waiting):
+            self._reseed(*key)
+            return compute()
 
     def run_watched[T](self, compute: Callable[[], T], *key: int | str) -> tuple[T, bool]:
         """Call ``compute`` as :meth:`run_once` does, and tell whether it drew numbers."""
         with _turns.alone(self._waiting):
             self._reseed(*key)
             before = _state()
-            result = compute()
-            return result, not _equal(_state(), before)
+            return compute(), not _equal(_state(), before)
 
     def _reseed(self, *key: int | str) -> None:
         seed = key64(self._seed, *key) & SEED_BITS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,17 +108,24 @@ class Held:
         """
         if not self.draws:
             return self._get(list(indices))
-        from dask_nn.data.randomness import own_generator
+        from dask_nn.data.randomness import SeededRandomness, own_generator
 
+        randomness = SeededRandomness(0)
         with own_generator():
-            return [self.read_watched(index)[0] for index in indices]
+            return [
+                randomness.run_once(partial(self._read_one, index), "sample", index)
+                for index in indices
+            ]
 
     def read_watched(self, index: int) -> tuple[Any, bool]:
         """Read a sample with its own random numbers, and tell whether it drew some."""
         from dask_nn.data.randomness import SeededRandomness, restored_generator
 
         with restored_generator():
-            return SeededRandomness(0).run_watched(lambda: self._get([index])[0], "sample", index)
+            return SeededRandomness(0).run_watched(partial(self._read_one, index), "sample", index)
+
+    def _read_one(self, index: int) -> Any:
+        return self._get([index])[0]
 
     def _get(self, indices: list[int]) -> list[Any]:
         together = getattr(self.dataset, "__getitems__", None)
