@@ -191,6 +191,31 @@ def test_a_replacement_at_the_same_address_is_another_worker(
     assert heard.named("waiting")
 
 
+def test_a_loss_is_named_whatever_comes_first(
+    job, undisturbed, make_cluster, same_bits, heard, tmp_path, monkeypatch
+):
+    """Dask cancels the rank of a worker that is gone where nobody else has its payload."""
+    client = make_cluster(1)
+    ask_first = RankGroup.outcomes
+    cancelled = []
+
+    def ask_late(group: RankGroup) -> Any:
+        time.sleep(0.1)  # the news of the loss and of the rank's task are both there
+        known = ask_first(group)
+        time.sleep(0.1)
+        known = ask_first(group)
+        cancelled.extend(outcome for outcome in known if "cancelled" in outcome.error)
+        return known
+
+    monkeypatch.setattr(RankGroup, "outcomes", ask_late)
+    fail_at(client, 0, 10, "forward", folder=tmp_path)
+    result = job.train(client, callbacks=[heard])
+    same_bits(result, undisturbed)
+    assert cancelled
+    assert len(heard.named("worker-lost")) == 1
+    assert not heard.named("gang-broken")
+
+
 def test_ctrl_c_waits_for_a_long_step(job, make_cluster, heard, tmp_path):
     client = make_cluster(2)
     slow = Fault(point="forward", action="sleep", seconds=1.2, every_time=True)

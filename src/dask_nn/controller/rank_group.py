@@ -162,6 +162,8 @@ class RankGroup:
         self._fetches: dict[int, LoopFuture[RankOutcome]] = {}
         # Ranks that have ended, but whose worker does not say how.
         self.unheard: set[int] = set()
+        # Ranks of whose end Dask says something, and not they themselves.
+        self._untold: set[int] = set()
 
     def send(self, payload: RankPayload, removed: set[str]) -> Future[Any]:
         """Send the payload to the gang's workers.
@@ -234,11 +236,11 @@ class RankGroup:
 
     def lost(self, removed: set[str]) -> list[Seat]:
         """Give the seats of ranks whose end cannot be known: their worker is gone, or hangs."""
+        told = self._outcomes.keys() - self._untold
         return [
             seat
             for seat in self.seats
-            if seat.rank not in self._outcomes
-            and (seat.address in removed or seat.rank in self.unheard)
+            if seat.rank not in told and (seat.address in removed or seat.rank in self.unheard)
         ]
 
     def running(self, removed: set[str]) -> list[Seat]:
@@ -328,10 +330,10 @@ class RankGroup:
         return silent
 
     async def _fetch_outcome(self, seat: Seat, future: Future[Any]) -> RankOutcome:
-        if future.status == "error":
-            return outcome_of_error(seat, await future._exception())  # noqa: SLF001
-        if future.status == "cancelled":
-            return outcome_of_error(seat, None)
+        if future.status in {"error", "cancelled"}:
+            self._untold.add(seat.rank)
+            error = await future._exception() if future.status == "error" else None  # noqa: SLF001
+            return outcome_of_error(seat, error)
         outcome = await self._gather(future, seat.address)
         if not isinstance(outcome, RankOutcome):
             message = f"rank {seat.rank} ended with {outcome!r}"
