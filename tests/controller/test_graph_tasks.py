@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 from dask_nn.controller import graph_tasks
 from dask_nn.data import randomness
@@ -10,12 +11,13 @@ from dask_nn.data import randomness
 def test_a_task_that_waits_for_the_random_generator_is_not_at_work(monkeypatch):
     """It would be taken for one that hangs, and its worker given up."""
     monkeypatch.setattr(randomness, "LOOK_S", 0.01)
-    seeded = randomness.SeededRandomness(7, waiting=graph_tasks._begin_anew)
+    bench = SimpleNamespace(spec=SimpleNamespace(threads_per_rank=1, bitwise=False))
+    monkeypatch.setattr(graph_tasks, "_find_bench", lambda *_: bench)
     done = threading.Event()
 
     def task() -> None:
-        with graph_tasks._watched("run"):
-            seeded.run_once(lambda: None, "key")
+        with graph_tasks._at_bench(b"", "run", step=0):
+            randomness.SeededRandomness(7).run_once(lambda: None, "key")
         done.set()
 
     with randomness.own_generator():

@@ -220,11 +220,13 @@ def go_on() -> None:
 def test_whoever_waits_may_stop_waiting_and_is_in_nobodys_way(monkeypatch, waiting, error):
     """Nobody waits for ever: whoever has the generator may hang."""
     monkeypatch.setattr(randomness, "PATIENCE_S", 0.0)
-    with in_a_thread(own_generator):
+    with in_a_thread(own_generator), restored_generator(waiting):
         with pytest.raises(error):
-            SeededRandomness(7, waiting=waiting).run(quiet, 0, 0)
+            SeededRandomness(7).run(quiet, 0, 0)
         with pytest.raises(error):
-            SeededRandomness(7, waiting=waiting).run_once(quiet, 0)
+            SeededRandomness(7).run_once(quiet, 0)
+        with pytest.raises(error):
+            read()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(numbers).result(5)
 
@@ -236,7 +238,8 @@ def test_whoever_waits_for_many_in_turn_is_patient(monkeypatch):
     queued = threading.Semaphore(0)
 
     def turn() -> None:
-        SeededRandomness(7, waiting=queued.release).run_once(partial(time.sleep, 0.2), 0)
+        with restored_generator(queued.release):
+            SeededRandomness(7).run_once(partial(time.sleep, 0.2), 0)
 
     with ThreadPoolExecutor(5) as pool:
         with own_generator():
@@ -245,6 +248,63 @@ def test_whoever_waits_for_many_in_turn_is_patient(monkeypatch):
                 assert queued.acquire(timeout=5)
         for each in turns:
             each.result(5)
+
+
+def test_time_for_which_the_process_was_stopped_does_not_count(monkeypatch):
+    """As after Ctrl-Z: whoever has the generator was stopped, too."""
+    hours = iter(range(0, 10_000_000, 36_000))
+    monkeypatch.setattr(randomness, "LOOK_S", 0.01)
+    looks, enough = 0, threading.Event()
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            enough.set()
+
+    def keep() -> None:
+        with own_generator():
+            kept.set()
+            assert enough.wait(5)
+
+    kept = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        keeping = pool.submit(keep)
+        assert kept.wait(5)
+        monkeypatch.setattr(randomness.time, "monotonic", lambda: next(hours))
+        try:
+            with restored_generator(look):
+                SeededRandomness(7).run_once(quiet, 0)
+        finally:
+            monkeypatch.undo()
+        keeping.result(5)
+
+
+def test_whoever_has_much_to_draw_gives_the_generator_on_in_between():
+    """And draws the same as without company."""
+    expected = numbers(5, 3)
+    results: list[list[torch.Tensor]] = []
+    begun = threading.Event()
+
+    def slowly(number: int) -> torch.Tensor:
+        begun.set()
+        time.sleep(0.02)
+        read_so_far.append(number)
+        return torch.rand(4)
+
+    read_so_far: list[int] = []
+
+    def draw_many() -> None:
+        with restored_generator():
+            results.append(SeededRandomness(7).run_each(slowly, range(100), 5))
+
+    thread = threading.Thread(target=draw_many)
+    thread.start()
+    assert begun.wait(5)
+    with own_generator():
+        assert len(read_so_far) < 50
+    thread.join(10)
+    assert torch.equal(results[0][3], expected)
 
 
 def test_whoever_gives_up_waiting_for_sharers_leaves_the_generator_to_others():
@@ -267,8 +327,8 @@ def test_whoever_gives_up_waiting_for_sharers_leaves_the_generator_to_others():
     with ThreadPoolExecutor(2) as pool, another_user():
         first = pool.submit(rank)
         assert sharing.wait(5)
-        with pytest.raises(KeyboardInterrupt):
-            SeededRandomness(7, waiting=interrupt).run_once(quiet, 0)
+        with pytest.raises(KeyboardInterrupt), restored_generator(interrupt):
+            SeededRandomness(7).run_once(quiet, 0)
         go_on.set()
         first.result(5)
         pool.submit(numbers).result(5)

@@ -23,6 +23,7 @@ from dask_nn.controller.homecoming import Homecoming
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
 from dask_nn.controller.scheduler_side import RANK_PREFIX
+from dask_nn.data.randomness import own_generator
 from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores, slow_steps
 
@@ -189,6 +190,24 @@ def test_a_replacement_at_the_same_address_is_another_worker(
     same_bits(result, undisturbed)
     assert len(heard.named("worker-lost")) == 1
     assert heard.named("waiting")
+
+
+def test_a_rank_that_waits_for_the_random_generator_is_not_given_up(job, make_cluster, heard_with):
+    """Another training of its process may have it for long."""
+
+    def keep_it() -> None:
+        with own_generator():
+            time.sleep(6)
+            kept.set()
+
+    kept = threading.Event()
+    heard = heard_with(first_step=keep_it)
+    client = make_cluster(2, processes=False)
+    recovery = dask_nn.Recovery(hang_timeout_s=2, elastic=False)
+    result = job.train(client, epochs=10, callbacks=[heard], recovery=recovery)
+    assert kept.is_set(), "it went on without waiting"
+    assert {event.name for event in heard.events} <= {"first-step", "epoch"}
+    assert result.steps == 300
 
 
 def test_a_loss_is_named_whatever_comes_first(

@@ -94,9 +94,8 @@ class _Bench:
 
     def __init__(self, payload: bytes) -> None:
         self.spec: TrainingSpec = pickle.loads(payload)  # noqa: S301  (made by the run's client)
-        # Threads of this process work side by side.
-        self.randomness = SeededRandomness(self.spec.seed, waiting=_begin_anew)
-        self.validation_randomness = SeededRandomness(self.spec.seed, waiting=_begin_anew)
+        self.randomness = SeededRandomness(self.spec.seed)
+        self.validation_randomness = SeededRandomness(self.spec.seed)
         self.state = self.first_state()
         self.layout = LeafLayout(self.state.model)
         self.dtypes = batch_dtypes(self.spec.fields, self.layout.floating)
@@ -326,7 +325,12 @@ def canary(payload: bytes, run_id: str) -> bytes:
 @contextlib.contextmanager
 def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Iterator[_Bench]:
     """Work with this thread's bench."""
-    with _watched(run_id), _named(Place(run_id, step, shard)), restored_generator():
+    with (
+        _watched(run_id),
+        _named(Place(run_id, step, shard)),
+        # Threads of this process work side by side.
+        restored_generator(waiting=_begin_anew),
+    ):
         bench = _find_bench(payload, run_id)
         with (
             keeping_freed_memory(linger_s=between_tasks_s),

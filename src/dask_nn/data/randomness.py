@@ -14,15 +14,19 @@ from dask_nn.data.plan import key64
 from dask_nn.errors import DaskNNError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["SeededRandomness", "own_generator", "restored_generator"]
+__all__ = ["SeededRandomness", "call_beside_others", "own_generator", "restored_generator"]
 
 SEED_BITS = (1 << 63) - 1
 # How often whoever waits for the generator looks whether it should go on waiting.
 LOOK_S = 0.1
 # A shard's step may take minutes. Whoever keeps it for longer hangs, and others would hang with it.
 PATIENCE_S = 600.0
+# More between two looks is time for which this process was stopped, and so was whoever has it.
+LOOK_COUNTS_S = 1.0
+# Who has many numbers to draw gives it on after so long, where somebody waits.
+TURN_S = 0.05
 
 
 class _Turns:
@@ -42,11 +46,17 @@ class _Turns:
         self._handed_over = 0
         self._users: Counter[int] = Counter()
         self._before: list[torch.Tensor] = []
+        self._waiting = threading.local()
 
     @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """Be one of those who use it; the last of them gives it its first state back."""
+    def used(self, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Be one of those who use it; the last of them gives it its first state back.
+
+        While this thread waits for its turn, ``waiting`` is called; what it raises ends that.
+        """
         me = threading.get_ident()
+        outer = self._called_in_waits()
+        self._waiting.call = waiting or outer
         with self._changed:
             if not self._users:
                 self._before = _state()
@@ -54,6 +64,7 @@ class _Turns:
         try:
             yield
         finally:
+            self._waiting.call = outer
             with self._changed:
                 self._users[me] -= 1
                 if not self._users[me]:
@@ -65,13 +76,23 @@ class _Turns:
         """Tell whether other threads use it."""
         return len(self._users) > (threading.get_ident() in self._users)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for it."""
+        return bool(self._queue)
+
+    @property
+    def idle_since(self) -> int | None:
+        """The number of turns after which nobody has it; None while somebody has."""
+        return None if self._owner is not None or self._sharing else self._handed_over
+
     @contextlib.contextmanager
-    def shared(self, waiting: Callable[[], None] | None) -> Iterator[None]:
+    def shared(self) -> Iterator[None]:
         """Share it with others that draw nothing; who has it alone has it all the more."""
         if self._owner == threading.get_ident():
             yield
             return
-        self._take(lambda: self._owner is None, self._share, waiting)
+        self._take(lambda: self._owner is None, self._share)
         try:
             yield
         finally:
@@ -80,10 +101,10 @@ class _Turns:
                 self._hand_over()
 
     @contextlib.contextmanager
-    def alone(self, waiting: Callable[[], None] | None) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Have it alone; who has it may take it again."""
         if self._owner != threading.get_ident():
-            self._take(lambda: self._owner is None and not self._sharing, self._own, waiting)
+            self._take(lambda: self._owner is None and not self._sharing, self._own)
         self._depth += 1
         try:
             yield
@@ -104,20 +125,19 @@ class _Turns:
         self._handed_over += 1
         self._changed.notify_all()
 
-    def _take(
-        self,
-        is_free: Callable[[], bool],
-        take: Callable[[], None],
-        waiting: Callable[[], None] | None,
-    ) -> None:
-        """Wait until it is free for this thread; what ``waiting`` raises ends that."""
+    def _called_in_waits(self) -> Callable[[], None] | None:
+        return getattr(self._waiting, "call", None)
+
+    def _take(self, is_free: Callable[[], bool], take: Callable[[], None]) -> None:
+        """Wait until it is free for this thread."""
         ticket = object()
+        waiting = self._called_in_waits()
         with self._changed:
             if not self._queue and is_free():
                 take()
                 return
             self._queue.append(ticket)
-            handed_over, since = self._handed_over, time.monotonic()
+            handed_over, waited_s, looked = self._handed_over, 0.0, time.monotonic()
         try:
             while True:
                 with self._changed:
@@ -127,10 +147,12 @@ class _Turns:
                         take()
                         return
                     if handed_over != self._handed_over:
-                        handed_over, since = self._handed_over, time.monotonic()
+                        handed_over, waited_s = self._handed_over, 0.0
                 if waiting is not None:
                     waiting()
-                if time.monotonic() > since + PATIENCE_S:
+                before, looked = looked, time.monotonic()
+                waited_s += min(looked - before, LOOK_COUNTS_S)
+                if waited_s > PATIENCE_S:
                     message = (
                         "something else in this process, such as another training, has had "
                         f"PyTorch's random generator for {PATIENCE_S:g} s; wait until it ends, or "
@@ -157,14 +179,15 @@ class SeededRandomness:
     ----------
     seed : int
         The run's seed.
-    waiting : callable, optional
-        Called now and then while another thread of this process has the generator; what it raises
-        ends the wait. So does a thread that keeps it for ten minutes: DaskNNError.
+
+    Raises
+    ------
+    DaskNNError
+        By each method, if another thread of this process keeps the generator for ten minutes.
     """
 
-    def __init__(self, seed: int, *, waiting: Callable[[], None] | None = None) -> None:
+    def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._waiting = waiting
         self._draws = True
 
     def run[T](self, compute: Callable[[bool], T], *key: int | str) -> T:
@@ -179,13 +202,13 @@ class SeededRandomness:
         """
         others = _turns.has_others()
         if others and not self._draws:
-            with _turns.shared(self._waiting):
+            with _turns.shared():
                 before = _state()
                 result = compute(True)
                 untouched = _equal(_state(), before)
             if untouched:
                 return result
-        with _turns.alone(self._waiting):
+        with _turns.alone():
             self._reseed(*key)
             before = _state() if others else []
             result = compute(False)
@@ -195,16 +218,38 @@ class SeededRandomness:
 
     def run_once[T](self, compute: Callable[[], T], *key: int | str) -> T:
         """Call ``compute`` as :meth:`run` does, exactly once and always alone."""
-        with _turns.alone(self._waiting):
+        with _turns.alone():
             self._reseed(*key)
             return compute()
 
     def run_watched[T](self, compute: Callable[[], T], *key: int | str) -> tuple[T, bool]:
-        """Call ``compute`` as :meth:`run_once` does, and tell whether it drew numbers."""
-        with _turns.alone(self._waiting):
+        """Call ``compute`` as :meth:`run_once` does, and tell whether it draws numbers.
+
+        Also where it sets the generator's state back: others would see the state in between.
+        """
+        from dask_nn.data.draws import WatchedDraws
+
+        with _turns.alone(), WatchedDraws() as watched:
             self._reseed(*key)
             before = _state()
-            return compute(), not _equal(_state(), before)
+            return compute(), watched.drew or not _equal(_state(), before)
+
+    def run_each[T](
+        self, compute: Callable[[int], T], numbers: Iterable[int], *key: int | str
+    ) -> list[T]:
+        """Call ``compute`` of each number as :meth:`run_once` does, with the number in its key.
+
+        All of them in one turn, if nobody waits for the generator.
+        """
+        left = deque(numbers)
+        results: list[T] = []
+        while left:
+            with _turns.alone():
+                until = time.monotonic() + TURN_S
+                while left and not (_turns.is_wanted and time.monotonic() > until):
+                    self._reseed(*key, left[0])
+                    results.append(compute(left.popleft()))
+        return results
 
     def _reseed(self, *key: int | str) -> None:
         seed = key64(self._seed, *key) & SEED_BITS
@@ -213,17 +258,39 @@ class SeededRandomness:
             torch.cuda.manual_seed(seed)
 
 
+def call_beside_others[T](compute: Callable[[], T]) -> tuple[T, bool]:
+    """Call a function that should draw no random numbers, and tell whether it did.
+
+    It waits for nobody: where others had the generator meanwhile, it cannot be told, and is False.
+    The generator is as before.
+    """
+    idle_since, before = _turns.idle_since, torch.default_generator.get_state()
+    result = compute()
+    touched = not torch.equal(torch.default_generator.get_state(), before)
+    drew = touched and idle_since is not None and _turns.idle_since == idle_since
+    if drew:
+        torch.default_generator.set_state(before)
+    return result, drew
+
+
 @contextlib.contextmanager
-def restored_generator() -> Iterator[None]:
-    """Give the process its random state back afterwards, once nobody else uses the generator."""
-    with _turns.used():
+def restored_generator(waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Give the process its random state back afterwards, once nobody else uses the generator.
+
+    Parameters
+    ----------
+    waiting : callable, optional
+        Called now and then while this thread waits until another has used the generator; what it
+        raises ends the wait.
+    """
+    with _turns.used(waiting):
         yield
 
 
 @contextlib.contextmanager
 def own_generator() -> Iterator[None]:
     """Have the process's generator alone, and give its state back afterwards."""
-    with _turns.used(), _turns.alone(None):
+    with _turns.used(), _turns.alone():
         yield
 
 

@@ -133,7 +133,10 @@ def _run(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> RankO
     try:
         if torch.device(spec.device).type == "cuda":
             torch.cuda.init()  # else its generator is neither seeded at first nor given back
-        with rank_runtime(spec.threads_per_rank, deterministic=spec.bitwise), restored_generator():
+        with (
+            rank_runtime(spec.threads_per_rank, deterministic=spec.bitwise),
+            restored_generator(waiting=comm.at_work),
+        ):
             return _train(spec, env, standing)
     except (Aborted, CollectiveTimeout) as error:
         outcome = _failed(env, standing, "aborted", error)
@@ -209,7 +212,7 @@ def _train(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> Ran
     comm = env.comm
     first = comm.rank == 0
     device = torch.device(spec.device)
-    randomness = SeededRandomness(spec.seed, waiting=comm.at_work)
+    randomness = SeededRandomness(spec.seed)
     # An optimizer may begin with random numbers.
     state = standing.state = randomness.run_once(lambda: TrainingState(spec, device), "state")
     start = env.start() if env.start is not None else None

@@ -63,7 +63,7 @@ class Validation:
         self._reader = reader
         self._dtypes = dtypes
         self._comm = comm
-        self._randomness = SeededRandomness(spec.seed, waiting=comm.at_work)
+        self._randomness = SeededRandomness(spec.seed)
 
     def run(self, model: nn.Module, step: int) -> dict[str, float]:
         """Evaluate the model; every rank calls it and gets the same values.

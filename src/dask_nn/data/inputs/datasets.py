@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import uuid
 from functools import partial
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Held", "is_dataset", "parts_of_dataset", "read_samples"]
 
+# So many samples are read to see whether they draw random numbers.
+LOOKS = 8
+
 
 def is_dataset(value: Any) -> bool:
     """Tell whether something is a dataset of torch."""
@@ -31,8 +35,8 @@ def parts_of_dataset(dataset: Any, *, block_size_bytes: int) -> tuple[list[Any],
     Parameters
     ----------
     dataset : torch.utils.data.Dataset
-        With ``__len__`` and ``__getitem__``; its samples are tuples (x, y), or x alone. If the
-        first or the last one draws random numbers of torch, what each draws depends on its index
+        With ``__len__`` and ``__getitem__``; its samples are tuples (x, y), or x alone. If one of
+        a few that are looked at draws random numbers of torch, what each draws depends on its index
         alone.
     block_size_bytes : int
         Target size of a block.
@@ -53,24 +57,17 @@ def parts_of_dataset(dataset: Any, *, block_size_bytes: int) -> tuple[list[Any],
     """
     from dask.delayed import delayed
 
-    try:
-        length = len(dataset)
-    except TypeError:
-        message = (
-            f"{type(dataset).__name__} has no length; expected a map-style dataset with __len__ "
-            "and __getitem__, since an iterable one has no sample that could be read again"
-        )
-        raise DataError(message) from None
+    length = _length(dataset)
     if not length:
         message = f"{type(dataset).__name__} has no samples"
         raise DataError(message)
-    held = Held(dataset, draws=False)
-    sample, draws = held.read_watched(0)
+    # A copy is looked at: what a dataset opens when it is first used cannot be pickled then.
+    copy = Held(pickle.loads(dumps(dataset, "dataset")), draws=False)  # noqa: S301  (made here)
+    sample, draws = copy.read_watched(0)
     first = _stack_all([sample], dataset, 0)
-    held.draws = draws or _last_draws(held, length)
+    held = Held(dataset, draws=draws or _others_draw(copy, length))
     sample_bytes = max(1, sum(array.nbytes for array in _leaves(first)))
     rows = max(1, min(length, block_size_bytes // sample_bytes))
-    dumps(dataset, "dataset")  # to name what cannot be pickled
     token = uuid.uuid4().hex
     node = delayed(held, name=f"dask-nn-dataset-{token}", pure=False, traverse=False)
     read = delayed(read_samples, pure=False)
@@ -101,24 +98,23 @@ class Held:
         return uuid.uuid4().hex
 
     def read(self, indices: range) -> list[Any]:
-        """Read samples; what each of them draws depends on its index alone.
+        """Read samples; what each of them draws depends on its index alone."""
+        from dask_nn.data.randomness import (
+            SeededRandomness,
+            call_beside_others,
+            restored_generator,
+        )
 
-        While samples are drawn, nobody else of this process draws: one by one, each would wait for
-        a rank's step.
-        """
         if not self.draws:
-            return self._get(list(indices))
-        from dask_nn.data.randomness import SeededRandomness, own_generator
-
-        randomness = SeededRandomness(0)
-        with own_generator():
-            return [
-                randomness.run_once(partial(self._read_one, index), "sample", index)
-                for index in indices
-            ]
+            samples, drew = call_beside_others(partial(self._get, list(indices)))
+            if not drew:
+                return samples
+            self.draws = True
+        with restored_generator():
+            return SeededRandomness(0).run_each(self._read_one, indices, "sample")
 
     def read_watched(self, index: int) -> tuple[Any, bool]:
-        """Read a sample with its own random numbers, and tell whether it drew some."""
+        """Read a sample with its own random numbers, and tell whether it draws some."""
         from dask_nn.data.randomness import SeededRandomness, restored_generator
 
         with restored_generator():
@@ -145,12 +141,27 @@ def read_samples(held: Held, start: int, stop: int) -> Any:
     return _stack_all(held.read(range(start, stop)), held.dataset, start)
 
 
-def _last_draws(held: Held, length: int) -> bool:
-    """Tell whether the last sample draws, as where augmented samples are added to others."""
+def _length(dataset: Any) -> int:
     try:
-        return held.read_watched(length - 1)[1]
-    except Exception:  # whoever reads its block will say so
-        return False
+        # An iterable one may have a length, too.
+        if not isinstance(dataset, sys.modules["torch.utils.data"].IterableDataset):
+            return len(dataset)
+    except TypeError:
+        pass
+    message = (
+        f"{type(dataset).__name__} is iterable or has no length; expected a map-style dataset with "
+        "__len__ and __getitem__: an iterable one has no sample that could be read again"
+    )
+    raise DataError(message)
+
+
+def _others_draw(held: Held, length: int) -> bool:
+    """Tell whether some of the samples after the first draw: augmented ones may be among others."""
+    places = {round(n * (length - 1) / (LOOKS - 1)) for n in range(1, LOOKS)} - {0}
+    try:
+        return any(held.read_watched(index)[1] for index in sorted(places))
+    except Exception:  # whoever reads its block will say so; until then nothing is known
+        return True
 
 
 def _stack_all(samples: Sequence[Any], dataset: Any, start: int) -> Any:
