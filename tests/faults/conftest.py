@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
-import multiprocessing
 import os
 import sys
 import threading
@@ -29,9 +27,10 @@ from dask_nn.clusters.local import local_cluster
 from dask_nn.data.plan import Plan
 from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps, slow_steps
 from dask_nn.testing.network import Network, scheduler_address
+from dask_nn.testing.processes import DaskProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from dask_nn.events import Event
@@ -255,44 +254,6 @@ def dask_config() -> Any:
     return dask.config.set
 
 
-class DaskProcess:
-    """A ``dask scheduler`` or ``dask worker``, started as the workers of the other tests are.
-
-    Parameters
-    ----------
-    arguments : sequence of str
-        Of the command, after ``dask``.
-    """
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        method = dask.config.get("distributed.worker.multiprocessing-method")
-        context: Any = multiprocessing.get_context(method)
-        self._process = context.Process(target=_dask, args=arguments)
-        self._process.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid or 0
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, timeout: float) -> None:
-        self._process.join(timeout)
-        assert not self._process.is_alive(), f"still there after {timeout:g} s"
-
-
-def _dask(kind: str, *arguments: str) -> None:
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
-    command = importlib.import_module(f"distributed.cli.dask_{kind}").main
-    command(arguments)
-
-
 @pytest.fixture
 def dask_processes(
     tmp_path: Path,
@@ -301,7 +262,7 @@ def dask_processes(
     started: list[DaskProcess] = []
 
     def launch(*arguments: str) -> DaskProcess:
-        process = DaskProcess(arguments)
+        process = DaskProcess(*arguments)
         started.append(process)
         return process
 
@@ -328,4 +289,4 @@ def dask_processes(
     yield make
     for process in started:
         process.kill()
-        process.wait(30)
+        process.wait()

@@ -262,4 +262,4 @@ def test_killed_ranks_of_either_level_are_trained_around(
     result = job.train(cluster.client, callbacks=[heard])
     same_bits(result, undisturbed)
     assert len(heard.named("recovered")) == 2
-    assert sum(worker.poll() is not None for worker in cluster.workers) == 2
+    assert sum(not worker.is_alive for worker in cluster.workers) == 2

@@ -11,15 +11,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from distributed import Client, Security
 
+from dask_nn.testing.processes import DaskProcess
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["Host", "Network", "SpreadCluster", "scheduler_address"]
@@ -171,7 +171,7 @@ class SpreadCluster:
     ----------
     client : Client
         Connected.
-    workers : list of subprocess.Popen
+    workers : list of DaskProcess
         The worker processes, host after host.
     """
 
@@ -187,8 +187,8 @@ class SpreadCluster:
         self._folder = folder
         self._per_host = workers_per_host
         self._security = security
-        self._started: list[subprocess.Popen[bytes]] = []
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self._started: list[DaskProcess] = []
+        self.workers: list[DaskProcess] = []
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -209,9 +209,10 @@ class SpreadCluster:
     def _start(self) -> None:
         tls = self._write_certificates()
         file = self._folder / "scheduler.json"
+        # It has no torch, as many schedulers have none.
         self._launch(
             "scheduler", "--host", self._network.address, "--port", "0", "--no-dashboard",
-            "--scheduler-file", str(file), *tls,
+            "--scheduler-file", str(file), *tls, method="spawn",
         )  # fmt: skip
         self.address = scheduler_address(file)
         self._tls = tls
@@ -224,27 +225,21 @@ class SpreadCluster:
     def replace_dead(self) -> None:
         """Start a worker in place of each that has ended, and wait until all are there."""
         for index, worker in enumerate(self.workers):
-            if worker.poll() is not None:
+            if not worker.is_alive:
                 host, number = divmod(index, self._per_host)
                 self.workers[index] = self._launch_worker(self._network.hosts[host], number)
         self.client.wait_for_workers(len(self.workers), timeout=START_S)
 
-    def _launch_worker(self, host: Host, number: int) -> subprocess.Popen[bytes]:
+    def _launch_worker(self, host: Host, number: int) -> DaskProcess:
         return self._launch(
             "worker", self.address, "--host", host.address, "--no-nanny", "--nthreads", "1",
             "--no-dashboard", "--death-timeout", "5",
             "--local-directory", str(self._folder / f"{host.name}-{number}"), *self._tls,
-            before=("ip", "netns", "exec", host.name),
+            namespace=host.name,
         )  # fmt: skip
 
-    def _launch(
-        self, role: str, *arguments: str, before: Sequence[str] = ()
-    ) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(  # noqa: S603
-            [*before, sys.executable, "-m", f"distributed.cli.dask_{role}", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    def _launch(self, role: str, *arguments: str, **options: str) -> DaskProcess:
+        process = DaskProcess(role, *arguments, **options)
         self._started.append(process)
         return process
 
