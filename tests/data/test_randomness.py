@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +14,12 @@ import torch
 
 from dask_nn.data import randomness
 from dask_nn.data.inputs.datasets import Held, read_samples
-from dask_nn.data.randomness import SeededRandomness, own_generator, restored_generator
+from dask_nn.data.randomness import (
+    SeededRandomness,
+    call_beside_others,
+    own_generator,
+    restored_generator,
+)
 from dask_nn.diagnosis.canary import standard_fingerprint_here
 from dask_nn.errors import Aborted, DaskNNError
 
@@ -252,7 +259,7 @@ def test_whoever_waits_for_many_in_turn_is_patient(monkeypatch):
 
 def test_time_for_which_the_process_was_stopped_does_not_count(monkeypatch):
     """As after Ctrl-Z: whoever has the generator was stopped, too."""
-    hours = iter(range(0, 10_000_000, 36_000))
+    hours = itertools.count(0, 36_000)
     monkeypatch.setattr(randomness, "LOOK_S", 0.01)
     looks, enough = 0, threading.Event()
 
@@ -271,13 +278,22 @@ def test_time_for_which_the_process_was_stopped_does_not_count(monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         keeping = pool.submit(keep)
         assert kept.wait(5)
-        monkeypatch.setattr(randomness.time, "monotonic", lambda: next(hours))
-        try:
-            with restored_generator(look):
-                SeededRandomness(7).run_once(quiet, 0)
-        finally:
-            monkeypatch.undo()
+        # Its own clock alone: other threads look at theirs.
+        monkeypatch.setattr(randomness, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+        with restored_generator(look):
+            SeededRandomness(7).run_once(quiet, 0)
         keeping.result(5)
+
+
+def test_a_state_that_others_give_back_meanwhile_is_not_undone():
+    """Nor taken for what a reader draws."""
+    before = torch.default_generator.get_state()
+    rank = restored_generator()
+    rank.__enter__()
+    torch.rand(1)
+    _, drew = call_beside_others(lambda: rank.__exit__(None, None, None))
+    assert not drew
+    assert torch.equal(torch.default_generator.get_state(), before)
 
 
 def test_whoever_has_much_to_draw_gives_the_generator_on_in_between():

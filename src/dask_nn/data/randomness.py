@@ -29,6 +29,12 @@ LOOK_COUNTS_S = 1.0
 TURN_S = 0.05
 
 
+class _Waiting(threading.local):
+    """What this thread calls now and then while it waits for its turn."""
+
+    call: Callable[[], None] | None = None
+
+
 class _Turns:
     """Whose turn it is to use PyTorch's default generator, which belongs to the process.
 
@@ -46,7 +52,7 @@ class _Turns:
         self._handed_over = 0
         self._users: Counter[int] = Counter()
         self._before: list[torch.Tensor] = []
-        self._waiting = threading.local()
+        self._waiting = _Waiting()
 
     @contextlib.contextmanager
     def used(self, waiting: Callable[[], None] | None = None) -> Iterator[None]:
@@ -55,7 +61,7 @@ class _Turns:
         While this thread waits for its turn, ``waiting`` is called; what it raises ends that.
         """
         me = threading.get_ident()
-        outer = self._called_in_waits()
+        outer = self._waiting.call
         self._waiting.call = waiting or outer
         with self._changed:
             if not self._users:
@@ -71,6 +77,7 @@ class _Turns:
                     del self._users[me]
                 if not self._users:
                     _set_state(self._before)
+                    self._hand_over()
 
     def has_others(self) -> bool:
         """Tell whether other threads use it."""
@@ -85,6 +92,14 @@ class _Turns:
     def idle_since(self) -> int | None:
         """The number of turns after which nobody has it; None while somebody has."""
         return None if self._owner is not None or self._sharing else self._handed_over
+
+    def put_back(self, state: torch.Tensor, idle_since: int | None) -> bool:
+        """Give the generator a state again, if nobody has had it since; tell whether it is so."""
+        with self._changed:
+            if idle_since is None or self.idle_since != idle_since:
+                return False
+            torch.default_generator.set_state(state)
+            return True
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -125,13 +140,10 @@ class _Turns:
         self._handed_over += 1
         self._changed.notify_all()
 
-    def _called_in_waits(self) -> Callable[[], None] | None:
-        return getattr(self._waiting, "call", None)
-
     def _take(self, is_free: Callable[[], bool], take: Callable[[], None]) -> None:
         """Wait until it is free for this thread."""
         ticket = object()
-        waiting = self._called_in_waits()
+        waiting = self._waiting.call
         with self._changed:
             if not self._queue and is_free():
                 take()
@@ -267,10 +279,7 @@ def call_beside_others[T](compute: Callable[[], T]) -> tuple[T, bool]:
     idle_since, before = _turns.idle_since, torch.default_generator.get_state()
     result = compute()
     touched = not torch.equal(torch.default_generator.get_state(), before)
-    drew = touched and idle_since is not None and _turns.idle_since == idle_since
-    if drew:
-        torch.default_generator.set_state(before)
-    return result, drew
+    return result, touched and _turns.put_back(before, idle_since)
 
 
 @contextlib.contextmanager
