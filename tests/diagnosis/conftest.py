@@ -16,7 +16,7 @@ from distributed import Client
 
 from dask_nn.diagnosis.doctor import doctor
 from dask_nn.diagnosis.probe import VARIABLES
-from dask_nn.testing.network import scheduler_address
+from dask_nn.testing.processes import address_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ class Launcher:
             sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1",
             "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
-        address = scheduler_address(file, timeout_s=120)
+        address = address_in(file, timeout_s=120)
         return Cluster(address=address, scheduler=scheduler, workers={})
 
     def worker(

@@ -26,8 +26,8 @@ from dask_nn.callbacks.base import Callback
 from dask_nn.clusters.local import local_cluster
 from dask_nn.data.plan import Plan
 from dask_nn.testing.faults import Fault, Ledger, pretend_cores, record_steps, slow_steps
-from dask_nn.testing.network import Network, scheduler_address
-from dask_nn.testing.processes import DaskProcess
+from dask_nn.testing.network import Network
+from dask_nn.testing.processes import DaskProcess, address_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -278,7 +278,7 @@ def dask_processes(
             "scheduler", "--host", "127.0.0.1", "--port", str(port),
             "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
         )  # fmt: skip
-        address = scheduler_address(file)
+        address = address_in(file)
         found = [start_worker(address) for _ in range(workers)]
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(workers, timeout=60)

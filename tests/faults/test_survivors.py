@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from dask_nn.controller.scheduler_side import RANK_PREFIX
 from dask_nn.data.randomness import own_generator
 from dask_nn.errors import ClusterError, TrainingInterrupted, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, fail_at, install, pretend_cores, slow_steps
+from dask_nn.testing.processes import DaskProcess
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,28 +152,18 @@ def test_a_replacement_at_the_same_address_is_another_worker(
 ):
     """With fixed ports, as behind firewalls and in containers."""
     file = tmp_path / "scheduler.json"
-    started: list[subprocess.Popen[bytes]] = []
-
-    def launch(*command: str) -> None:
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        )
-
+    started: list[DaskProcess] = []
     port = str(20_000 + os.getpid() % 10_000)
     try:
-        launch(
-            "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
-            "--no-dashboard", "--scheduler-file", str(file),
-        )  # fmt: skip
-        launch(
-            "distributed.cli.dask_worker", "--scheduler-file", str(file), "--host", "127.0.0.1",
+        started.append(DaskProcess(
+            "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+            "--scheduler-file", str(file),
+        ))  # fmt: skip
+        started.append(DaskProcess(
+            "worker", "--scheduler-file", str(file), "--host", "127.0.0.1",
             "--worker-port", port, "--nthreads", "1", "--no-dashboard",
             "--local-directory", str(tmp_path),
-        )  # fmt: skip
+        ))  # fmt: skip
         with Client(scheduler_file=str(file), set_as_default=False, timeout=60) as client:
             client.wait_for_workers(1, timeout=60)
             pretend_cores(client, 8)
@@ -184,9 +174,9 @@ def test_a_replacement_at_the_same_address_is_another_worker(
             assert pids(client) != before
     finally:
         for process in started:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
         for process in started:
-            process.wait(30)
+            process.wait()
     same_bits(result, undisturbed)
     assert len(heard.named("worker-lost")) == 1
     assert heard.named("waiting")

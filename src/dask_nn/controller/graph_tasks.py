@@ -324,13 +324,8 @@ def canary(payload: bytes, run_id: str) -> bytes:
 
 @contextlib.contextmanager
 def _at_bench(payload: bytes, run_id: str, *, step: int, shard: int = -1) -> Iterator[_Bench]:
-    """Work with this thread's bench."""
-    with (
-        _watched(run_id),
-        _named(Place(run_id, step, shard)),
-        # Threads of this process work side by side.
-        restored_generator(waiting=_begin_anew),
-    ):
+    """Work with this thread's bench; other threads of this process work beside it."""
+    with _watched(run_id), _named(Place(run_id, step, shard)), restored_generator(_begin_anew):
         bench = _find_bench(payload, run_id)
         with (
             keeping_freed_memory(linger_s=between_tasks_s),

@@ -7,25 +7,22 @@ It needs root and the ``ip`` command. What is made here has names that begin wit
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from distributed import Client, Security
 
-from dask_nn.testing.processes import DaskProcess
+from dask_nn.testing.processes import START_S, DaskProcess, address_in
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Host", "Network", "SpreadCluster", "scheduler_address"]
+__all__ = ["Host", "Network", "SpreadCluster"]
 
 NOBODY = "02:00:00:00:00:99"
-START_S = 60.0
 
 
 def ip(*arguments: str) -> None:
@@ -134,24 +131,6 @@ class Network:
            "nud", "permanent")  # fmt: skip
 
 
-def scheduler_address(file: Path, *, timeout_s: float = START_S) -> str:
-    """Give the address in a scheduler's file once that is there, and whole.
-
-    Raises
-    ------
-    TimeoutError
-        If it is not after so many seconds.
-    """
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        # It is there before it is written.
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return str(json.loads(file.read_text(encoding="utf-8"))["address"])
-        time.sleep(0.05)
-    message = f"the scheduler did not write {file} within {timeout_s:g} s"
-    raise TimeoutError(message)
-
-
 class SpreadCluster:
     """A scheduler in this namespace and worker processes on each host; a context manager.
 
@@ -214,7 +193,7 @@ class SpreadCluster:
             "scheduler", "--host", self._network.address, "--port", "0", "--no-dashboard",
             "--scheduler-file", str(file), *tls, method="spawn",
         )  # fmt: skip
-        self.address = scheduler_address(file)
+        self.address = address_in(file)
         self._tls = tls
         self.workers = [
             self._launch_worker(host, number)
@@ -246,6 +225,7 @@ class SpreadCluster:
     def _end_all(self) -> None:
         for process in self._started:
             process.kill()
+        for process in self._started:
             process.wait()
 
     def _write_certificates(self) -> list[str]:

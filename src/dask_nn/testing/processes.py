@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import multiprocessing
 import os
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import dask
 
-__all__ = ["DaskProcess"]
+if TYPE_CHECKING:
+    from pathlib import Path
 
+__all__ = ["START_S", "DaskProcess", "address_in"]
+
+START_S = 60.0
 END_S = 30.0
+
+
+def address_in(file: Path, *, timeout_s: float = START_S) -> str:
+    """Give the address in a scheduler's file once that is there, and whole.
+
+    Raises
+    ------
+    TimeoutError
+        If it is not after so many seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        # It is there before it is written.
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return str(json.loads(file.read_text(encoding="utf-8"))["address"])
+        time.sleep(0.05)
+    message = f"the scheduler did not write {file} within {timeout_s:g} s"
+    raise TimeoutError(message)
 
 
 class DaskProcess:
