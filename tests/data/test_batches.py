@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -99,6 +100,35 @@ def test_batches_stay_as_they_are_when_windows_are_used_again():
         np.testing.assert_array_equal(y.numpy(), ids)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_rows_that_are_not_there_yet_are_not_waited_for(window):
+    """A batch of several windows is put together from what came before, and what comes later."""
+
+    class Late(MemoryReader):
+        def read_many(self, wanted):
+            assert may_load.acquire(timeout=20)
+            return super().read_many(wanted)
+
+    may_load = threading.Semaphore(0)
+    batches = make(range(4), window=window, batch_size=16, reader=Late(blocks()))
+    batches.start()
+    late = 0
+    for epoch in range(3):
+        plan = plan_of(epoch, window=window, batch_size=16)
+        for t in range(plan.num_steps):
+            for v in range(4):
+                if count := plan.count(t, v):
+                    batch = batches.next_if_there(v, count)
+                    while batch is None:
+                        late += 1
+                        may_load.release()
+                        time.sleep(0.002)
+                        batch = batches.next_if_there(v, count)
+                    np.testing.assert_array_equal(batch[1].numpy(), plan.sample_ids(t, v))
+    batches.close()
+    assert late >= 3 * len(LENGTHS) / window
+
+
 @pytest.mark.parametrize("first_step", [1, 3, 5])
 def test_resuming_gives_the_rest_and_opens_no_earlier_window(first_step):
     reader = CountingReader(blocks())
@@ -139,6 +169,7 @@ def test_a_failing_read_arrives_where_its_batch_is_wanted():
     ]
     with pytest.raises(OSError, match="block 5 is gone"):
         [batches.next(*one) for one in wanted]
+    assert batches.next_if_there(*wanted[-1]) is None
     batches.close()
 
 

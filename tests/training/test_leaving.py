@@ -21,7 +21,7 @@ from dask_nn.config import settings
 from dask_nn.controller.options import Options
 from dask_nn.controller.preparation import prepare
 from dask_nn.data.reader import MemoryReader
-from dask_nn.errors import TrainingInterrupted
+from dask_nn.errors import Aborted, TrainingInterrupted
 from dask_nn.training.orders import Orders
 from dask_nn.training.rank_main import RankEnvironment, rank_main
 
@@ -95,18 +95,29 @@ class SlowRows(MemoryReader):
         return super().read_many(blocks)
 
 
-def test_who_is_told_to_save_while_it_waits_for_rows_saves(tmp_path):
-    options = Options(model=nn.Linear(3, 2), **OPTIONS)
+def environment_of(reader: Any, **options: Any) -> tuple[Any, RankEnvironment]:
+    """Prepare a run on one rank, with the reader that `reader` makes of its blocks."""
     X = da.ones((ROWS * BLOCKS, 3), chunks=(ROWS, 3), dtype=np.float32)
     y = np.zeros(ROWS * BLOCKS, np.int64)
     run = prepare(
-        options, X, y, client=None, settings=settings(), sample_weight=None, validation=None
+        Options(model=nn.Linear(3, 2), **OPTIONS),
+        X,
+        y,
+        client=None,
+        settings=settings(),
+        sample_weight=None,
+        validation=None,
     )
+    return run.spec, RankEnvironment(
+        comm=SerialCommunicator(0, 1), reader=reader(run.blocks.arrays), **options
+    )
+
+
+def test_who_is_told_to_save_while_it_waits_for_rows_saves(tmp_path):
     may_come, orders, told = threading.Event(), Orders(), []
     orders.stop.set()
-    env = RankEnvironment(
-        comm=SerialCommunicator(0, 1),
-        reader=SlowRows(run.blocks.arrays, may_come),
+    spec, env = environment_of(
+        partial(SlowRows, may_come=may_come),
         orders=orders,
         checkpoint=dask_nn.Checkpoint(tmp_path / "run"),
         keep=lambda _: threading.Timer(0.5, told_late).start(),
@@ -117,6 +128,24 @@ def test_who_is_told_to_save_while_it_waits_for_rows_saves(tmp_path):
         orders.finish()
         may_come.set()
 
-    outcome = rank_main(run.spec, env)
+    outcome = rank_main(spec, env)
     assert (outcome.status, outcome.steps) == ("stopped", 1)
     assert told == ["checkpoint"]
+
+
+class GoneRows(MemoryReader):
+    """Has lost all blocks but the first."""
+
+    def read_many(self, blocks: Any) -> Any:
+        if 0 not in blocks:
+            message = "nobody has these blocks"
+            raise Aborted(message)
+        return super().read_many(blocks)
+
+
+def test_a_step_is_completed_though_the_rows_of_the_next_are_gone():
+    """A peer may have completed it already, and its state would be the newer one."""
+    left: list[Any] = []
+    outcome = rank_main(*environment_of(GoneRows, keep=left.append))
+    assert (outcome.status, outcome.steps) == ("aborted", ROWS // 4)
+    assert [each.snapshot.steps for each in left] == [ROWS // 4]

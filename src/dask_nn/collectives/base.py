@@ -103,7 +103,13 @@ class Communicator(ABC):
 
     @abstractmethod
     def publish(self) -> None:
-        """Say that the slots are filled; does not wait for peers."""
+        """Say that the slots are filled; does not wait for peers.
+
+        Raises
+        ------
+        Aborted
+            If the exchange was ended: a rank that comes after that completes it no more.
+        """
 
     @abstractmethod
     def collect(self) -> torch.Tensor:

@@ -87,6 +87,13 @@ class Mailbox(ABC):
         with self._changed:
             self._check(peers)
 
+    def check_present(self, peers: Collection[int]) -> None:
+        """Raise a ConnectionError if one of these members is gone, whatever it has left."""
+        with self._changed:
+            for peer in peers:
+                if peer in self._lost:
+                    raise ConnectionError(self._lost[peer])
+
     def joined(self, peer: int) -> None:
         """Learn that a member is connected."""
         with self._changed:

@@ -82,6 +82,10 @@ class MailboxCommunicator(MessageCommunicator):
         self.check_abort()
         if self._closed:
             raise Aborted(f"{self.title} exchanges through a closed communicator")
+        try:  # what a peer sent before it ended the exchange completes nothing any more
+            self._mailbox.check_present(self._peers)
+        except ConnectionError as error:
+            raise self._broken(error) from error
         self._pending = {peer: incoming[peer] for peer in self._peers}
         for peer in self._peers:
             part = outgoing[peer].view(torch.uint8).cpu().numpy()

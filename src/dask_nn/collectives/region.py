@@ -108,11 +108,14 @@ class Region:
         Raises
         ------
         Aborted
-            If the region is closed.
+            If the region is closed, or a member has ended the exchange: it does not complete it,
+            so nobody else shall. What the other hosts have completed, every member may.
         """
         flags = self._flags
         if flags is None:
             raise Aborted("a rank exchanges through a closed communicator")
+        if kind != FINISHED:
+            self.check_ended()
         flags[(kind * self._layout.members + self._member) * LINE_WORDS] = value
 
     def wait(self, kind: int, value: int, members: Iterable[int] | None = None) -> None:

@@ -233,6 +233,8 @@ class ShardBatches:
         self._dtypes = dtypes
         self._check = check
         self._open: dict[int, LoadedWindow] = {}
+        # Parts of a shard's next batch whose rest was not there.
+        self._begun: dict[int, list[Batch]] = {}
         # Buffers are used again: new memory costs a page fault for each of its pages.
         self._free: list[tuple[torch.Tensor, ...]] = []
         self._prefetcher = Prefetcher(self._loads(), lanes=shards, alive=windows)
@@ -252,18 +254,31 @@ class ShardBatches:
 
     def next(self, shard: int, count: int) -> Batch:
         """Give the next ``count`` rows of a shard, one new contiguous tensor for each field."""
+        while (batch := self.next_if_there(shard, count)) is None:
+            self._open[shard] = self._prefetcher.take(shard, check=self._check)
+        return batch
+
+    def next_if_there(self, shard: int, count: int) -> Batch | None:
+        """Give what `next` would give, or None where that would have to wait or would fail.
+
+        After None, the next call for this shard must be one for the same rows.
+        """
         window = self._open.get(shard)
-        if window is not None and window.position + count <= window.length:
+        parts = self._begun.pop(shard, [])
+        if not parts and window is not None and window.position + count <= window.length:
             return _take(window, count)
-        parts = []
+        count -= sum(len(part[0]) for part in parts)
         while count:
             if window is None or window.position == window.length:
                 if window is not None:
                     self._free.append(window.rows)
                     self._open.pop(shard)
-                    window = None
                     self._prefetcher.release(shard)
-                window = self._open[shard] = self._prefetcher.take(shard, check=self._check)
+                window = self._prefetcher.take_if_there(shard)
+                if window is None:
+                    self._begun[shard] = parts
+                    return None
+                self._open[shard] = window
             taken = min(count, window.length - window.position)
             parts.append(_take(window, taken))
             count -= taken

@@ -81,6 +81,13 @@ class Prefetcher[T]:
                 if check is not None:
                     check()
 
+    def take_if_there(self, lane: int) -> T | None:
+        """Give the next load of a lane if it is there; never waits, and raises nothing."""
+        try:
+            return self._lanes[lane].get_nowait()
+        except queue.Empty:
+            return None
+
     def release(self, lane: int) -> None:
         """Say that a load that was taken is used up."""
         self._permits[lane].release()

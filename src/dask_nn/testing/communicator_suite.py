@@ -211,6 +211,29 @@ def wait_until_ended(
     return "no error", time.monotonic()
 
 
+def come_after_the_end(communicator: Communicator) -> str:
+    """Publish after a peer that had published has ended the exchange, and return the error's name.
+
+    Rank 0 is late; for it, nothing is missing any more.
+    """
+    open_communicator(communicator, communicator.world_size, 1000)
+    communicator.barrier()
+    if communicator.rank == 0:
+        time.sleep(2 * HEAD_START_S)
+    end = threading.Timer(HEAD_START_S, communicator.abort)
+    if communicator.rank == 1:
+        end.start()
+    try:
+        communicator.publish()
+        communicator.collect()
+    except Aborted as error:
+        return type(error).__name__
+    finally:
+        if communicator.rank == 1:
+            end.join()
+    return "no error"
+
+
 def _ending(communicator: Communicator) -> Callable[[], None]:
     end = time.monotonic() + HEAD_START_S
 
@@ -376,6 +399,11 @@ class PeerSuite:
         """A peer that waits learns within a second that a rank has ended the exchange."""
         for action in ("collect", "barrier"):
             self.check_woken(gang, action, "abort", "Aborted", WAKE_S)
+
+    def test_who_comes_after_the_end_gets_no_total(self, gang: Gang) -> None:
+        """Otherwise it would complete a step alone, whose state is not the one that is saved."""
+        outcomes = gang.run(self.peers, come_after_the_end, timeout_s=30.0)
+        assert values(outcomes) == ["Aborted"] * self.peers
 
     def test_the_own_flag_ends_a_wait(self, gang: Gang) -> None:
         """A rank whose flag somebody sets stops waiting within a second."""

@@ -370,10 +370,13 @@ class TrainingLoop:
                 views.tail[place] = vote
 
     def _prepare_next_batch(self) -> None:
-        """Gather the first shard's next batch while the peers finish their step."""
+        """Gather the first shard's next batch, if it is there, while the peers finish their step.
+
+        If it never comes, the step under way is completed nevertheless: peers may have done so.
+        """
         step = self._state.step + 1
         if step < self._plan.num_steps and (count := self._count(step, self._own.start)):
-            self._next_batch = self._batches.next(self._own.start, count)
+            self._next_batch = self._batches.next_if_there(self._own.start, count)
 
     def _count(self, step: int, shard: int) -> int:
         """Give the rows of a shard in a step of this epoch."""
