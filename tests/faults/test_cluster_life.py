@@ -22,8 +22,9 @@ import dask_nn
 from dask_nn.controller.cluster import list_workers
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
+from dask_nn.controller.watchdog import ORPHAN_S
 from dask_nn.errors import ClusterError, WorkerLost
-from dask_nn.testing.faults import clear_faults, install, slow_steps
+from dask_nn.testing.faults import Fault, clear_faults, install, slow_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -366,23 +367,19 @@ def resumed_epochs(folder: Path) -> int:
     return int(newest.rsplit("-", 1)[1]) // 30 + 2
 
 
-def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bits, tmp_path):
-    """The gang saves and frees its workers; what it saved goes on, and so does the cluster."""
-    client = make_cluster(2)
-    written = ledger(client)
-    slow_down(client, tmp_path, 0.02)
-    script = tmp_path / "client.py"
+def kill_a_client(client: Any, folder: Path, until: Callable[[Any], None]) -> Path:
+    """Let another process train and be killed; give what its ranks saved, once they are gone."""
+    script = folder / "client.py"
     script.write_text(CLIENT)
-    folder = tmp_path / "run"
+    saved = folder / "run"
     here = str(Path(__file__).parent)
     with subprocess.Popen(
-        [sys.executable, str(script), client.scheduler.address, str(folder), here],
+        [sys.executable, str(script), client.scheduler.address, str(saved), here],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
         try:
-            assert process.stdout.readline().startswith("epoch")
+            until(process.stdout)
         finally:
             process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE_S
@@ -390,20 +387,56 @@ def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bi
         assert time.monotonic() < deadline
         time.sleep(0.1)
     deadline = time.monotonic() + PATIENCE_S
-    while not list(folder.glob("epoch-*/manifest.json")):  # written by a thread that they left
+    while not list(saved.glob("epoch-*/manifest.json")):  # written by a thread that they left
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not any(client.run(states_kept).values()), "a state that nobody will ask for"
+    return saved
+
+
+def check_saved(job: Any, folder: Path, written: Any) -> int:
+    """Check that the steps before what is saved were made, and no other; give their number."""
     (saved,) = folder.glob("epoch-*")
     steps = int(saved.name.rsplit("-", 1)[1])
     order = job.order(steps // 30 + 1)
     done = {place: rows for place, rows in order.items() if place[0] < steps}
     last = {place: rows for place, rows in order.items() if place[0] == steps}
     assert written.check(done, cut_short=last)["repeated"] == 0
+    return steps
+
+
+def test_a_client_that_is_killed(job, undisturbed, make_cluster, ledger, same_bits, tmp_path):
+    """The gang saves and frees its workers; what it saved goes on, and so does the cluster."""
+    client = make_cluster(2)
+    written = ledger(client)
+    slow_down(client, tmp_path, 0.02)
+
+    def until(said: Any) -> None:
+        assert said.readline().startswith("epoch")
+
+    folder = kill_a_client(client, tmp_path, until)
+    assert not any(client.run(states_kept).values()), "a state that nobody will ask for"
+    check_saved(job, folder, written)
     epochs = resumed_epochs(folder)
     resumed = job.train(None, epochs=epochs, checkpoint=folder, resume=True)
     same_bits(resumed, job.train(None, epochs=epochs))
     same_bits(job.train(client), undisturbed)
+
+
+def test_a_client_that_is_killed_while_a_rank_is_late(job, make_cluster, ledger, tmp_path):
+    """Its peer waits for it no longer, and saves: it must not complete the step for itself."""
+    client = make_cluster(2)
+    written = ledger(client)
+    late = Fault(rank=1, step=10, point="before exchange", action="sleep", seconds=ORPHAN_S + 2.5)
+    (mark,) = install(client, [late], tmp_path)
+
+    def until(_: Any) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not mark.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    folder = kill_a_client(client, tmp_path, until)
+    assert check_saved(job, folder, written) == 10
 
 
 def test_a_scheduler_that_is_killed_and_started_again(job, same_bits, dask_processes, tmp_path):

@@ -304,7 +304,8 @@ class Ledger:
         expected : dict
             From (step, shard) to the numbers of its rows.
         cut_short : dict, optional
-            The same of a step that was under way when the run ended: its shards may be there.
+            The same of a step that was under way when the run ended: its shards may be there, and
+            no rank may have completed it.
 
         Returns
         -------
@@ -331,6 +332,8 @@ class Ledger:
         for place, rows in (cut_short or {}).items():
             if any(attempt != rows for attempt in computed.pop(place, [])):
                 raise AssertionError(f"(step, shard) {place} was computed with other samples")
+            if place[0] in applied:
+                raise AssertionError(f"step {place[0]} was completed after the run's last")
         unknown = computed.keys() - expected.keys()
         if unknown:
             raise AssertionError(f"computed without being asked for: {sorted(unknown)[:3]}")
