@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,13 @@ import dask
 import pytest
 import training_job
 import yaml
+from dask_cloudprovider.aws import ecs
+from dask_cloudprovider.generic import vmcluster
 from distributed import Security
 from moto.server import ThreadedMotoServer
 
 import dask_nn
+from dask_nn.clusters.aws import SURPRISED
 from dask_nn.clusters.aws_account import InstanceType
 from dask_nn.clusters.aws_ec2 import (
     NamedWorker,
@@ -225,6 +230,18 @@ def test_an_account_that_does_not_answer_is_an_error(account, monkeypatch):
         dask_nn.cluster("aws", workers=1, **EC2),
     ):
         pass
+
+
+def test_the_library_is_not_surprised_that_machines_take_their_time(no_account):
+    """Its warning comes after ten seconds, when the machines are there."""
+    said = inspect.getsource(vmcluster), inspect.getsource(ecs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigurationError), dask_nn.cluster("aws", workers=1, **EC2):
+            pass
+        for source in said:
+            assert SURPRISED in source
+        warnings.warn(f"{SURPRISED}. Hang tight!", stacklevel=1)
 
 
 class Looks:

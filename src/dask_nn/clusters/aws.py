@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["check_request", "open_cluster"]
 
 TYPES = dict.fromkeys(("image", "protocol", "region", "service"), TEXT)
+# dask-cloudprovider says so once the machines are there, if they took more than ten seconds; they
+# always do.
+SURPRISED = "Creating your cluster is taking a surprisingly long time"
 SERVICES = {"ec2": "dask_nn.clusters.aws_ec2", "fargate": "dask_nn.clusters.aws_fargate"}
 
 
@@ -44,6 +48,8 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
         If AWS refuses something, or the workers do not come in time.
     """
     check_request(request)
+    # For good: it comes from the thread of an event loop, and others may change filters meanwhile.
+    warnings.filterwarnings("ignore", message=SURPRISED, category=UserWarning)
     account = Account.of(request.options)
     if request.options.get("protocol") != "tcp" and request.security is None:
         request = replace(request, security=True).with_certificates()
