@@ -12,15 +12,14 @@ from dask_nn.collectives.mailbox import LocalMailbox
 from dask_nn.collectives.make import make_communicator
 from dask_nn.collectives.rendezvous import LocalRendezvous, Rendezvous
 from dask_nn.errors import ConfigurationError
-from dask_nn.testing.communicator_suite import (
+from dask_nn.testing.communicator_cases import (
     WAKE_S,
-    CommunicatorSuite,
-    PeerSuite,
     cross_barriers,
     shared_memory_files,
     values,
     wait_until_ended,
 )
+from dask_nn.testing.communicator_suite import CommunicatorSuite, PeerSuite
 from dask_nn.testing.gangs import Factory, Gang, ProcessGang, ThreadGang
 
 if TYPE_CHECKING:

@@ -9,14 +9,13 @@ import pytest
 from distributed import Client, LocalCluster, Security, get_worker
 
 from dask_nn.controller.mail import WorkerMailbox, open_post_office
-from dask_nn.testing.communicator_suite import (
-    CommunicatorSuite,
-    PeerSuite,
+from dask_nn.testing.communicator_cases import (
     exchange_leaves,
     open_communicator,
     values,
     wait_until_ended,
 )
+from dask_nn.testing.communicator_suite import CommunicatorSuite, PeerSuite
 from dask_nn.testing.worker_gangs import WorkerGang
 
 if TYPE_CHECKING:

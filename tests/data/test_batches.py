@@ -112,7 +112,7 @@ def test_rows_that_are_not_there_yet_are_not_waited_for(window):
     may_load = threading.Semaphore(0)
     batches = make(range(4), window=window, batch_size=16, reader=Late(blocks()))
     batches.start()
-    late = 0
+    late, deadline = 0, time.monotonic() + 30
     for epoch in range(3):
         plan = plan_of(epoch, window=window, batch_size=16)
         for t in range(plan.num_steps):
@@ -120,6 +120,7 @@ def test_rows_that_are_not_there_yet_are_not_waited_for(window):
                 if count := plan.count(t, v):
                     batch = batches.next_if_there(v, count)
                     while batch is None:
+                        assert time.monotonic() < deadline
                         late += 1
                         may_load.release()
                         time.sleep(0.002)

@@ -19,10 +19,10 @@ from distributed import Client
 from distributed.core import Status
 
 import dask_nn
+from dask_nn.controller import watchdog
 from dask_nn.controller.cluster import list_workers
 from dask_nn.controller.leases import Leases
 from dask_nn.controller.rank_group import RankGroup
-from dask_nn.controller.watchdog import ORPHAN_S
 from dask_nn.errors import ClusterError, WorkerLost
 from dask_nn.testing.faults import Fault, clear_faults, install, slow_steps
 
@@ -426,7 +426,8 @@ def test_a_client_that_is_killed_while_a_rank_is_late(job, make_cluster, ledger,
     """Its peer waits for it no longer, and saves: it must not complete the step for itself."""
     client = make_cluster(2)
     written = ledger(client)
-    late = Fault(rank=1, step=10, point="before exchange", action="sleep", seconds=ORPHAN_S + 2.5)
+    client.run(lambda: vars(watchdog).update(ORPHAN_S=0.5))
+    late = Fault(rank=1, step=10, point="before exchange", action="sleep", seconds=6.0)
     (mark,) = install(client, [late], tmp_path)
 
     def until(_: Any) -> None:

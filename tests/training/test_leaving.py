@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.array as da
@@ -22,8 +23,12 @@ from dask_nn.controller.options import Options
 from dask_nn.controller.preparation import prepare
 from dask_nn.data.reader import MemoryReader
 from dask_nn.errors import Aborted, TrainingInterrupted
+from dask_nn.training import rank_main as rank_main_module
 from dask_nn.training.orders import Orders
 from dask_nn.training.rank_main import RankEnvironment, rank_main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROWS, BLOCKS = 64, 4
 PATIENCE_S = 20.0
@@ -149,3 +154,22 @@ def test_a_step_is_completed_though_the_rows_of_the_next_are_gone():
     outcome = rank_main(*environment_of(GoneRows, keep=left.append))
     assert (outcome.status, outcome.steps) == ("aborted", ROWS // 4)
     assert [each.snapshot.steps for each in left] == [ROWS // 4]
+
+
+def test_peers_hear_of_a_failure_before_anything_else_is_done(monkeypatch):
+    """Who publishes meanwhile completes the step alone."""
+    heard: list[bool] = []
+    tidy_up = rank_main_module.restored_generator
+
+    @contextmanager
+    def restored(**options: Any) -> Iterator[None]:
+        with tidy_up(**options):
+            try:
+                yield
+            finally:
+                heard.append(env.comm.abort_event.is_set())
+
+    monkeypatch.setattr(rank_main_module, "restored_generator", restored)
+    spec, env = environment_of(GoneRows)
+    assert rank_main(spec, env).status == "aborted"
+    assert heard == [True]

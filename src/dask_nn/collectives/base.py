@@ -108,7 +108,8 @@ class Communicator(ABC):
         Raises
         ------
         Aborted
-            If the exchange was ended: a rank that comes after that completes it no more.
+            If the exchange was ended, where that is known by now. A rank that comes after the end
+            never completes the exchange: `collect` raises it otherwise.
         """
 
     @abstractmethod

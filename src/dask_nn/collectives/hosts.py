@@ -164,6 +164,7 @@ class HostsCommunicator(Communicator):
 
     def publish(self) -> None:
         """Tell the host's other ranks, or, where there are none, the other hosts."""
+        self.check_abort()
         self._exchanges += 1
         if self._region is not None:
             self._region.raise_flag(FILLED, self._exchanges)
@@ -199,7 +200,7 @@ class HostsCommunicator(Communicator):
         outer.publish()
         total = outer.collect()
         self._result.copy_(total)
-        region.raise_flag(FINISHED, self._exchanges)
+        region.raise_flag(FINISHED, self._exchanges, complete=True)
         return total
 
     def _fold(self, targets: list[torch.Tensor], part: slice) -> None:
@@ -238,7 +239,7 @@ class HostsCommunicator(Communicator):
             cells = _unpack(self._outer.all_gather_bytes(_pack(own)))
             for rank in ranks:
                 region.write_cell(self._members + rank, cells[rank])
-            region.raise_flag(WRITTEN, self._messages)
+            region.raise_flag(WRITTEN, self._messages, complete=True)
         except CollectiveError:
             self.signal_abort()
             raise

@@ -82,10 +82,7 @@ class MailboxCommunicator(MessageCommunicator):
         self.check_abort()
         if self._closed:
             raise Aborted(f"{self.title} exchanges through a closed communicator")
-        try:  # what a peer sent before it ended the exchange completes nothing any more
-            self._mailbox.check_present(self._peers)
-        except ConnectionError as error:
-            raise self._broken(error) from error
+        self._check_peers()
         self._pending = {peer: incoming[peer] for peer in self._peers}
         for peer in self._peers:
             part = outgoing[peer].view(torch.uint8).cpu().numpy()
@@ -115,6 +112,7 @@ class MailboxCommunicator(MessageCommunicator):
     def exchange_cells(self, cell: bytes) -> list[bytes]:
         """Send the cell to all, and take theirs."""
         self.check_abort()
+        self._check_peers()
         deadline = self.deadline()
         for peer in self._peers:
             self._mailbox.send(peer, cell)
@@ -122,6 +120,13 @@ class MailboxCommunicator(MessageCommunicator):
             cell if rank == self.rank else bytes(self._receive(rank, deadline))
             for rank in range(self.world_size)
         ]
+
+    def _check_peers(self) -> None:
+        """Begin nothing without a peer: what it sent before it left completes nothing any more."""
+        try:
+            self._mailbox.check_present(self._peers)
+        except ConnectionError as error:
+            raise self._broken(error) from error
 
     def _receive(self, peer: int, deadline: float) -> Any:
         while True:

@@ -102,19 +102,28 @@ class Region:
         length = int.from_bytes(self._view[at : at + 8], "little")
         return bytes(self._view[at + 8 : at + 8 + length])
 
-    def raise_flag(self, kind: int, value: int) -> None:
+    def raise_flag(self, kind: int, value: int, *, complete: bool = False) -> None:
         """Show the others that this member has come so far.
+
+        Parameters
+        ----------
+        kind : int
+            Which flag.
+        value : int
+            How far.
+        complete : bool
+            Whether other hosts have completed this exchange already: then members here may, too.
 
         Raises
         ------
         Aborted
             If the region is closed, or a member has ended the exchange: it does not complete it,
-            so nobody else shall. What the other hosts have completed, every member may.
+            so nobody else shall.
         """
         flags = self._flags
         if flags is None:
             raise Aborted("a rank exchanges through a closed communicator")
-        if kind != FINISHED:
+        if not complete:
             self.check_ended()
         flags[(kind * self._layout.members + self._member) * LINE_WORDS] = value
 
@@ -151,7 +160,8 @@ class Region:
                 self._pause()
             else:
                 time.sleep(SLEEP_S)
-            if rounds % CHECK_EVERY == 0:
+            # Who has what it waits for completes the exchange, as its peers do.
+            if rounds % CHECK_EVERY == 0 and flags[word] < value:
                 owner.check_abort()
                 self.check_ended()
                 if time.monotonic() > deadline:

@@ -124,6 +124,7 @@ class SlotCommunicator(Communicator):
 
     def publish(self) -> None:
         """Raise this rank's flag."""
+        self.check_abort()
         self._exchanges += 1
         self._shared().raise_flag(FILLED, self._exchanges)
 

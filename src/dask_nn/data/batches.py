@@ -251,6 +251,7 @@ class ShardBatches:
         """Stop loading, and wait for the window that is being loaded; see `Prefetcher.close`."""
         self._prefetcher.close(waiting)
         self._open.clear()
+        self._begun.clear()
 
     def next(self, shard: int, count: int) -> Batch:
         """Give the next ``count`` rows of a shard, one new contiguous tensor for each field."""

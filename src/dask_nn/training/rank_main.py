@@ -137,7 +137,12 @@ def _run(spec: TrainingSpec, env: RankEnvironment, standing: _Standing) -> RankO
             rank_runtime(spec.threads_per_rank, deterministic=spec.bitwise),
             restored_generator(waiting=comm.at_work),
         ):
-            return _train(spec, env, standing)
+            try:
+                return _train(spec, env, standing)
+            finally:
+                # At once: whoever publishes before peers hear of it completes the step alone.
+                if standing.unfinished:
+                    comm.abort()
     except (Aborted, CollectiveTimeout) as error:
         outcome = _failed(env, standing, "aborted", error)
     except BaseException as error:
