@@ -19,6 +19,7 @@ from dask_nn.training.fold import LocalFold
 from dask_nn.training.layout import FIRST_MARK, STOP, LeafLayout, LeafViews
 from dask_nn.training.snapshot import Keepsake, Snapshot
 from dask_nn.training.step import ShardStep
+from dask_nn.training.sums import EpochSums
 from dask_nn.training.update import StepTotal, Update, is_finite
 
 if TYPE_CHECKING:
@@ -161,15 +162,10 @@ class TrainingLoop:
         self._carried = list(carried)
         # Outputs of the step under way: they count once the step is completed.
         self._pending: list[tuple[BufferedMetrics, torch.Tensor, torch.Tensor]] = []
-        self._loss_sum = self._normalizer = 0.0
-        self._samples = 0
-        self._started = time.perf_counter()
+        self._sums = EpochSums(start)
         self.history: list[dict[str, float]] = []
         self.last_loss = 0.0
         if start is not None:
-            self._loss_sum, self._normalizer = start.loss_sum, start.normalizer
-            self._samples = start.samples
-            self._started -= start.seconds
             self.history = list(start.history)
             self.last_loss = start.last_loss
 
@@ -219,12 +215,9 @@ class TrainingLoop:
         """Copy the state after the last completed step, with what was summed up so far."""
         return Snapshot.take(
             self._state,
-            loss_sum=self._loss_sum,
-            normalizer=self._normalizer,
-            samples=self._samples,
-            seconds=time.perf_counter() - self._started,
             last_loss=self.last_loss,
             history=tuple(self.history),
+            **self._sums.as_fields(),
         )
 
     def keepsake(self) -> Keepsake:
@@ -290,7 +283,7 @@ class TrainingLoop:
             now = time.perf_counter()
             if reports and now - reported >= spec.progress_interval_s:
                 reported = now
-                self._report(now)
+                self._report()
             stop = total.stop
             if stop:
                 self._orders.hear(save=total.save, wait=total.wait)
@@ -306,9 +299,7 @@ class TrainingLoop:
         if faults.hook is not None:
             faults.hook("in the optimizer", self._place())
         self._update.apply(total, step_count, self._state.steps)
-        self._loss_sum += total.loss
-        self._normalizer += total.normalizer
-        self._samples += step_count
+        self._sums.add(total, step_count)
         self._state.step += 1
         self._state.steps += 1
         for metrics, output, target in self._pending:
@@ -320,22 +311,19 @@ class TrainingLoop:
         """Complete the epoch's record, and begin the next epoch."""
         state = self._state
         self._pending.clear()
-        seconds = time.perf_counter() - self._started
-        loss = self._loss_sum / self._normalizer if self._normalizer else 0.0
-        record = {"epoch": float(state.epoch), "loss": loss}
+        record = {"epoch": float(state.epoch), "loss": self._sums.loss}
+        pace = self._sums.pace()
         record |= self._epoch_metrics()
         if self._validation is not None:
             record |= self._validation.run(state.model, state.steps)
-        record |= {"samples_per_s": self._samples / seconds, "seconds": seconds}
+        record |= pace
         for metrics in self._metrics.values():
             metrics.reset()
         self._carried = []
         self.history.append(record)
         monitored = record.get("val_loss", record["loss"])
         self._randomness.run_once(partial(state.end_epoch, monitored), "epoch", state.epoch)
-        self._loss_sum = self._normalizer = 0.0
-        self._samples = 0
-        self._started = time.perf_counter()
+        self._sums.restart()
         self._epoch_start = state.weights()
         if self._on_epoch is not None:
             self._on_epoch(record)
@@ -384,7 +372,7 @@ class TrainingLoop:
             return self._shard_batch_size
         return self._plan.count(step, shard)
 
-    def _report(self, now: float) -> None:
+    def _report(self) -> None:
         shown: dict[str, float] = {}
         if self._metrics:
             shown = self._metrics[self._own.start].compute_running()
@@ -397,9 +385,9 @@ class TrainingLoop:
                     epoch=self._state.epoch,
                     step=self._state.step,
                     num_steps=self._plan.num_steps,
-                    loss=self._loss_sum / self._normalizer if self._normalizer else 0.0,
+                    loss=self._sums.loss,
                     metrics=shown,
-                    samples_per_s=self._samples / (now - self._started),
+                    samples_per_s=self._sums.pace()["samples_per_s"],
                     blocks=blocks,
                     bytes=rows * self._spec.row_bytes,
                 )
