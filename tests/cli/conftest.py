@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+RUN_S = 280
+
+
 @pytest.fixture
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which the command finds room for temporary files."""
@@ -38,13 +41,22 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class Command(subprocess.Popen[str]):
+    """A process that ends, with its group, where the test that started it fails."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            os.killpg(self.pid, signal.SIGKILL)
+        super().__exit__(kind, *rest)
+
+
 @pytest.fixture
 def start(tmp_path: Path, temporary: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start ``dask-nn`` with arguments in an empty folder and a process group of its own."""
 
     def popen(*arguments: Any, verbose: bool = False) -> subprocess.Popen[str]:
         options = ["-X", "importtime"] if verbose else []
-        return subprocess.Popen(
+        return Command(
             [sys.executable, *options, "-m", "dask_nn.cli.main", *map(str, arguments)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)},
@@ -52,7 +64,7 @@ def start(tmp_path: Path, temporary: Path) -> Callable[..., subprocess.Popen[str
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=hear_interrupts,  # noqa: PLW1509 - it only sets a signal
+            preexec_fn=hear_interrupts,
         )
 
     return popen
@@ -66,7 +78,7 @@ def run(
 
     def complete(*arguments: Any) -> subprocess.CompletedProcess[str]:
         with start(*arguments) as process:
-            out, err = process.communicate(timeout=100)
+            out, err = process.communicate(timeout=RUN_S)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return complete

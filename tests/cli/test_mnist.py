@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     Run = Callable[..., subprocess.CompletedProcess[str]]
     Start = Callable[..., subprocess.Popen[str]]
 
+# Whole jobs, with sequential epochs; beside other tests each takes four times as long.
+pytestmark = pytest.mark.timeout(300)
+
 
 def group_is_gone(pid: int) -> bool:
     """Tell whether no process of the group is left; Python's tracker ends a moment after it."""
@@ -120,7 +123,7 @@ def test_an_interrupt_while_it_trains_saves_what_is_trained(
             if line.startswith("epoch 2/"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=100)
     assert process.returncode == 130
     path = Path("report") / "weights.safetensors"
     assert err == f"Interrupted; what is trained so far is in {path}.\n"
@@ -139,7 +142,7 @@ def test_an_interrupt_of_the_sequential_loop_saves_its_weights(
             if line.startswith("epoch 2/"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert err.startswith("Interrupted; what is trained so far is in")
     load_weights(tmp_path / "report" / "weights.safetensors")
@@ -153,7 +156,7 @@ def test_an_interrupt_of_the_imports_ends_at_once(start: Start, tmp_path: Path) 
             if line.rstrip().endswith("torch.version"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Interrupted.\n" in err
     assert "Traceback" not in err
