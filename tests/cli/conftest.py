@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,7 +47,8 @@ class Command(subprocess.Popen[str]):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the test has heard of its end
+                os.killpg(self.pid, signal.SIGKILL)
         super().__exit__(kind, *rest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dask_nn.errors import ConfigurationError
 from dask_nn.testing.communicator_cases import (
     WAKE_S,
     cross_barriers,
+    open_communicator,
     shared_memory_files,
     values,
     wait_until_ended,
@@ -87,6 +89,28 @@ def make_by_mail(
     return make("dask", rank, world_size, rendezvous, options | {"mailbox": mailbox})
 
 
+def end_while_a_letter_is_late(communicator: Communicator) -> None:
+    """Exchange once, and leave; the letter of rank 2 to rank 0 comes when rank 1 has left."""
+    open_communicator(communicator, communicator.world_size, 5)
+    communicator.barrier()
+    mailbox = communicator._mailbox
+    send, late = mailbox.send, []
+
+    def send_later(peer: int, payload: Any) -> None:
+        if peer:
+            send(peer, payload)
+        else:
+            late.append(threading.Timer(0.5, send, (peer, payload)))
+            late[0].start()
+
+    if communicator.rank == 2:
+        mailbox.send = send_later
+    communicator.publish()
+    communicator.collect()
+    for timer in late:
+        timer.join()
+
+
 class TestMailInThreads(CommunicatorSuite, PeerSuite):
     gangs = ((1, 1), *WIDE)
     exchanges = 50
@@ -94,6 +118,9 @@ class TestMailInThreads(CommunicatorSuite, PeerSuite):
     @pytest.fixture
     def gang(self) -> Gang:
         return ThreadGang(make_by_mail)
+
+    def test_who_has_been_read_may_leave_while_another_is_waited_for(self, gang: Gang) -> None:
+        values(gang.run(3, end_while_a_letter_is_late, timeout_s=30.0))
 
 
 def make_on_hosts(

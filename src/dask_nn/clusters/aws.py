@@ -39,6 +39,7 @@ def open_cluster(request: ClusterRequest) -> Iterator[Client]:
 
     The traffic is encrypted even if nothing is said of it, with temporary certificates, because
     scheduler and workers may be reached from outside; the option ``protocol="tcp"`` leaves it open.
+    From now on this process does not show dask-cloudprovider's warning of a slow start.
 
     Raises
     ------

@@ -108,8 +108,8 @@ class Communicator(ABC):
         Raises
         ------
         Aborted
-            If the exchange was ended, where that is known by now. A rank that comes after the end
-            never completes the exchange: `collect` raises it otherwise.
+            If the exchange was ended, and this rank can know by now: who comes after the end does
+            not complete it. Where the end has yet to travel, `collect` may raise it instead.
         """
 
     @abstractmethod

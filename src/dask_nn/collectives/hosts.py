@@ -224,6 +224,7 @@ class HostsCommunicator(Communicator):
     def exchange_cells(self, cell: bytes) -> list[bytes]:
         """Gather the host's cells, then those of all hosts."""
         try:
+            self.check_abort()
             if self._region is None:
                 return _unpack(self._between_hosts().all_gather_bytes(_pack([cell])))
             region = self._region

@@ -92,9 +92,11 @@ class MailboxCommunicator(MessageCommunicator):
     def finish(self) -> None:
         """Take the peers' letters of the operation under way."""
         deadline = self.deadline()
-        for peer, wanted in self._pending.items():
+        # Who has been read may have completed the exchange, the last one, and have left.
+        for peer, wanted in list(self._pending.items()):
             into = wanted.view(torch.uint8)
             if not into.numel():
+                del self._pending[peer]
                 continue
             letter = np.frombuffer(self._receive(peer, deadline), np.uint8)
             if len(letter) != into.numel():
@@ -107,7 +109,7 @@ class MailboxCommunicator(MessageCommunicator):
                 np.copyto(into.numpy(), letter)
             else:
                 into.copy_(torch.from_numpy(np.array(letter)))
-        self._pending = {}
+            del self._pending[peer]
 
     def exchange_cells(self, cell: bytes) -> list[bytes]:
         """Send the cell to all, and take theirs."""

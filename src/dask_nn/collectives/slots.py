@@ -142,6 +142,7 @@ class SlotCommunicator(Communicator):
 
     def exchange_cells(self, cell: bytes) -> list[bytes]:
         """Write the own cell, wait, and read those of all ranks."""
+        self.check_abort()
         region = self._shared()
         self._messages += 1
         first = (self._messages & 1) * self.world_size

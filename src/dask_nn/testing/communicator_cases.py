@@ -244,6 +244,8 @@ def come_after_the_end(communicator: Communicator, action: str, ended: str) -> s
     deadline = time.monotonic() + TIMEOUT_S + SLACK_S
     while communicator.rank == 0 and not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    if communicator.rank == 0:
+        time.sleep(HEAD_START_S)  # letters travel, and so does the end
     try:
         if action == "collect":
             communicator.publish()
