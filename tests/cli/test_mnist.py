@@ -123,7 +123,7 @@ def test_an_interrupt_while_it_trains_saves_what_is_trained(
             if line.startswith("epoch 2/"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     path = Path("report") / "weights.safetensors"
     assert err == f"Interrupted; what is trained so far is in {path}.\n"
@@ -142,7 +142,7 @@ def test_an_interrupt_of_the_sequential_loop_saves_its_weights(
             if line.startswith("epoch 2/"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.startswith("Interrupted; what is trained so far is in")
     load_weights(tmp_path / "report" / "weights.safetensors")
@@ -156,7 +156,7 @@ def test_an_interrupt_of_the_imports_ends_at_once(start: Start, tmp_path: Path) 
             if line.rstrip().endswith("torch.version"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=10)
     assert process.returncode == 130
     assert "Interrupted.\n" in err
     assert "Traceback" not in err

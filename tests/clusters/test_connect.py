@@ -70,7 +70,7 @@ def test_an_address_that_is_none_is_refused_at_once(address: str) -> None:
     start = time.monotonic()
     with pytest.raises(SchedulerUnreachable, match="expected the address"):
         connect(address, timeout_s=5)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 2
 
 
 def test_a_closed_port_is_reported_within_the_deadline() -> None:
@@ -79,7 +79,7 @@ def test_a_closed_port_is_reported_within_the_deadline() -> None:
     start = time.monotonic()
     with pytest.raises(SchedulerUnreachable, match=address):
         connect(address, timeout_s=1)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 3
 
 
 def test_a_listener_that_is_no_scheduler_is_reported_within_the_deadline() -> None:
@@ -88,7 +88,7 @@ def test_a_listener_that_is_no_scheduler_is_reported_within_the_deadline() -> No
         start = time.monotonic()
         with pytest.raises(SchedulerUnreachable, match=address):
             connect(address, timeout_s=1)
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 4
 
 
 def test_a_listener_of_another_protocol_is_reported() -> None:

@@ -100,7 +100,7 @@ def test_nothing_is_left_after_the_block_even_of_a_worker_that_hangs(scratch: Pa
         pids = list(client.run(os.getpid).values())
         hung = client.submit(nap, 60)
         start = time.monotonic()
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 3
     assert hung.status != "finished"
     assert not any(map(alive, pids))
     assert not list(scratch.iterdir())

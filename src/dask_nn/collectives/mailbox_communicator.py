@@ -79,10 +79,7 @@ class MailboxCommunicator(MessageCommunicator):
         self._begin(dict(enumerate(incoming)), dict(enumerate(outgoing)))
 
     def _begin(self, incoming: dict[int, torch.Tensor], outgoing: dict[int, torch.Tensor]) -> None:
-        self.check_abort()
-        if self._closed:
-            raise Aborted(f"{self.title} exchanges through a closed communicator")
-        self._check_peers()
+        self._check_may_begin()
         self._pending = {peer: incoming[peer] for peer in self._peers}
         for peer in self._peers:
             part = outgoing[peer].view(torch.uint8).cpu().numpy()
@@ -113,8 +110,7 @@ class MailboxCommunicator(MessageCommunicator):
 
     def exchange_cells(self, cell: bytes) -> list[bytes]:
         """Send the cell to all, and take theirs."""
-        self.check_abort()
-        self._check_peers()
+        self._check_may_begin()
         deadline = self.deadline()
         for peer in self._peers:
             self._mailbox.send(peer, cell)
@@ -123,8 +119,11 @@ class MailboxCommunicator(MessageCommunicator):
             for rank in range(self.world_size)
         ]
 
-    def _check_peers(self) -> None:
+    def _check_may_begin(self) -> None:
         """Begin nothing without a peer: what it sent before it left completes nothing any more."""
+        self.check_abort()
+        if self._closed:
+            raise Aborted(f"{self.title} exchanges through a closed communicator")
         try:
             self._mailbox.check_present(self._peers)
         except ConnectionError as error:

@@ -117,13 +117,14 @@ class Region:
         Raises
         ------
         Aborted
-            If the region is closed, or a member has ended the exchange: it does not complete it,
-            so nobody else shall.
+            If the region is closed, the owner was told to stop, or a member has ended the
+            exchange: it does not complete it, so nobody else shall.
         """
-        flags = self._flags
-        if flags is None:
+        owner, flags = self._owner, self._flags
+        if owner is None or flags is None:
             raise Aborted("a rank exchanges through a closed communicator")
         if not complete:
+            owner.check_abort()
             self.check_ended()
         flags[(kind * self._layout.members + self._member) * LINE_WORDS] = value
 

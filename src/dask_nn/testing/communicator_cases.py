@@ -179,6 +179,15 @@ def resources() -> tuple[int, int, int]:
     return len(files), len(threads), maps.count("dask-nn-")
 
 
+def _take_part(communicator: Communicator, action: str) -> None:
+    """Exchange leaves (``"collect"``) or messages, once."""
+    if action == "collect":
+        communicator.publish()
+        communicator.collect()
+    else:
+        communicator.barrier()
+
+
 def wait_until_ended(
     communicator: Communicator, action: str, how: str, missing: int = 0
 ) -> tuple[str, float]:
@@ -212,11 +221,7 @@ def wait_until_ended(
     elif how == "watch" and communicator.rank == 1:
         communicator.watch = _ending(communicator)
     try:
-        if action == "collect":
-            communicator.publish()
-            communicator.collect()
-        else:
-            communicator.barrier()
+        _take_part(communicator, action)
     except (Aborted, CollectiveTimeout) as error:
         return type(error).__name__, time.monotonic()
     finally:
@@ -247,11 +252,7 @@ def come_after_the_end(communicator: Communicator, action: str, ended: str) -> s
     if communicator.rank == 0:
         time.sleep(HEAD_START_S)  # letters travel, and so does the end
     try:
-        if action == "collect":
-            communicator.publish()
-            communicator.collect()
-        else:
-            communicator.barrier()
+        _take_part(communicator, action)
     except Aborted as error:
         return type(error).__name__
     finally:
