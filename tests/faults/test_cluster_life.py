@@ -367,6 +367,13 @@ def resumed_epochs(folder: Path) -> int:
     return int(newest.rsplit("-", 1)[1]) // 30 + 2
 
 
+def wait_for(happened: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def kill_a_client(client: Any, folder: Path, until: Callable[[Any], None]) -> Path:
     """Let another process train and be killed; give what its ranks saved, once they are gone."""
     script = folder / "client.py"
@@ -382,14 +389,9 @@ def kill_a_client(client: Any, folder: Path, until: Callable[[Any], None]) -> Pa
             until(process.stdout)
         finally:
             process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + PATIENCE_S
-    while any(client.run(ranks_at_work).values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    deadline = time.monotonic() + PATIENCE_S
-    while not list(saved.glob("epoch-*/manifest.json")):  # written by a thread that they left
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: not any(client.run(ranks_at_work).values()))
+    # Written by a thread that they left.
+    wait_for(lambda: list(saved.glob("epoch-*/manifest.json")))
     return saved
 
 
@@ -430,13 +432,7 @@ def test_a_client_that_is_killed_while_a_rank_is_late(job, make_cluster, ledger,
     late = Fault(rank=1, step=10, point="before exchange", action="sleep", seconds=6.0)
     (mark,) = install(client, [late], tmp_path)
 
-    def until(_: Any) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not mark.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    folder = kill_a_client(client, tmp_path, until)
+    folder = kill_a_client(client, tmp_path, lambda _: wait_for(mark.exists))
     assert check_saved(job, folder, written) == 10
 
 
